@@ -1,0 +1,156 @@
+"""All we know of timm: which models can merge, their geometry, and a block in two halves.
+
+A half is composed from the block's own submodules, so whatever a block has (LayerScale,
+DropPath, qk-norm) is kept, and a block of a kind that we do not know is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers.attention import Attention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from dsm_tune.errors import ModelError
+from dsm_tune.plan import Geometry
+
+__all__ = ["Projections", "attend", "attend_prefix", "feed_forward", "read_geometry"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Projections:
+    """Queries, keys (both after qk-norm) and values of a block: [B, H, N, d] each, and its scale."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+
+
+def read_geometry(model: nn.Module) -> Geometry:
+    """Return the sizes of a model, or refuse it.
+
+    Args:
+        model: a timm ``VisionTransformer`` or ``VisionTransformerDistilled``.
+
+    Raises:
+        ModelError: if its tokens cannot be merged, with the reason.
+    """
+    kind = type(model)
+    if kind not in (VisionTransformer, VisionTransformerDistilled):
+        raise _refusal(model, f"it is a {kind.__name__}")
+    parts: Any = model  # timm types its submodules loosely
+    _check_blocks(parts)
+    embed = parts.patch_embed
+    convolution = embed.proj
+    if type(convolution) is not nn.Conv2d or convolution.kernel_size != convolution.stride:
+        raise _refusal(model, f"its patch embedding is a {type(convolution).__name__} stem")
+    height, width = convolution.kernel_size
+    if height != width or convolution.in_channels != 3:
+        raise _refusal(model, f"its patches are {convolution.in_channels}×{height}×{width}, not 3×P×P")
+    block = parts.blocks[0]
+    mlp = block.mlp
+    return Geometry(
+        grid=tuple(embed.grid_size),
+        prefix=parts.num_prefix_tokens,
+        depth=len(parts.blocks),
+        width=parts.embed_dim,
+        heads=block.attn.num_heads,
+        hidden=(mlp.fc1.weight.numel() + mlp.fc2.weight.numel()) // (2 * parts.embed_dim),
+        patch=height,
+        classes=parts.num_classes,
+        head=_head(parts),
+    )
+
+
+def _refusal(model: nn.Module, reason: str) -> ModelError:
+    name = getattr(model, "pretrained_cfg", None) or {}
+    label = name.get("architecture") or type(model).__name__
+    return ModelError(
+        f"tokens of {label} cannot be merged: {reason}; accepted are timm models of the class "
+        "VisionTransformer or VisionTransformerDistilled with plain blocks"
+    )
+
+
+def _check_blocks(model: Any) -> None:
+    for index, block in enumerate(nn.Sequential.__iter__(model.blocks)):
+        if type(block) is not Block:
+            raise _refusal(model, f"block {index} is a {type(block).__name__}")
+        if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
+            raise _refusal(model, f"block {index} has an attention of its own kind")
+        if block.attn.attn_dim != model.embed_dim:
+            raise _refusal(model, f"the heads of block {index} do not add up to its width")
+        if not all(isinstance(getattr(block.mlp, name, None), nn.Linear) for name in ("fc1", "fc2")):
+            raise _refusal(model, f"block {index} has a {type(block.mlp).__name__} MLP")
+    if getattr(model, "grad_checkpointing", False):
+        raise _refusal(model, "gradient checkpointing is on")
+
+
+def _head(model: Any) -> str:
+    if isinstance(model, VisionTransformerDistilled):
+        return "distilled"
+    if model.attn_pool is not None:
+        raise _refusal(model, "its head pools by attention")
+    if model.global_pool == "token" and model.has_class_token:
+        return "token"
+    if model.global_pool == "avg":
+        return "avg"
+    raise _refusal(model, f"its head pools by {model.global_pool!r}")
+
+
+def attend(block: Block, x: Tensor, log_size: Tensor | None) -> tuple[Tensor, Projections]:
+    """The attention half of a block: ``x + Attn(norm1(x))``.
+
+    Args:
+        block: of a model that :func:`read_geometry` accepts.
+        x: [B, N, C].
+        log_size: [B, N], added to the attention logits of each key (ToMe, eq. 1), or ``None``.
+
+    Returns:
+        [B, N, C], and the projections it was computed from.
+    """
+    attn = block.attn
+    batch, count, _ = x.shape
+    qkv = attn.qkv(block.norm1(x)).reshape(batch, count, 3, attn.num_heads, attn.head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    parts = Projections(attn.q_norm(q), attn.k_norm(k), v, attn.scale)
+    return x + _attention_output(block, parts, log_size), parts
+
+
+def _attention_output(block: Block, parts: Projections, log_size: Tensor | None) -> Tensor:
+    attn = block.attn
+    bias = None if log_size is None else log_size.to(parts.q.dtype)[:, None, None, :]
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    heads = F.scaled_dot_product_attention(
+        parts.q, parts.k, parts.v, attn_mask=bias, dropout_p=dropout, scale=parts.scale
+    )
+    mixed = attn.norm(heads.transpose(1, 2).flatten(2))
+    output: Tensor = block.drop_path1(block.ls1(attn.proj_drop(attn.proj(mixed))))
+    return output
+
+
+def attend_prefix(block: Block, x: Tensor, log_size: Tensor | None, prefix: int) -> Tensor:
+    """The attention half of a block for its prefix tokens alone: [B, p, C]."""
+    attn = block.attn
+    batch, count, width = x.shape
+    normed = block.norm1(x)
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+    q = F.linear(normed[:, :prefix], weight[:width], q_bias)
+    kv = F.linear(normed, weight[width:], kv_bias)
+    q = q.reshape(batch, prefix, attn.num_heads, attn.head_dim).transpose(1, 2)
+    k, v = kv.reshape(batch, count, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    parts = Projections(attn.q_norm(q), attn.k_norm(k), v, attn.scale)
+    return x[:, :prefix] + _attention_output(block, parts, log_size)
+
+
+def feed_forward(block: Block, x: Tensor) -> Tensor:
+    """The MLP half of a block: ``x + MLP(norm2(x))``, [B, N, C] to [B, N, C]."""
+    output: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return output

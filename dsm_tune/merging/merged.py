@@ -1,0 +1,263 @@
+"""Run a model under a plan, and give it back untouched."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsm_tune.errors import ModelError, PlanError
+from dsm_tune.merging import backbone, matching, scores
+from dsm_tune.merging.matching import Tokens
+from dsm_tune.plan import MergePlan, Step
+
+__all__ = ["MergedBlocks", "apply", "finish", "merged", "trace"]
+
+
+class MergedBlocks(nn.Sequential):
+    """The blocks of a model, run under a plan; a drop-in for ``model.blocks``.
+
+    The children are the model's own blocks under their own names, so ``state_dict`` is the same.
+    """
+
+    def __init__(self, blocks: nn.Sequential, plan: MergePlan) -> None:
+        super().__init__(*nn.Sequential.__iter__(blocks))
+        self.plan = plan
+        self.steps = {step.block: step for step in plan.active_steps}
+        self.last_local = max((s.block for s in self.steps.values() if s.window), default=-1)
+        if plan.matching.feature == "random":
+            for step in self.steps.values():
+                self.register_buffer(_random_name(step), _random_feature(plan, step), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run all blocks: [B, N, C] to [B, N', C]."""
+        return self.run(Tokens(x)).x
+
+    def run(self, tokens: Tokens, first: int = 0) -> Tokens:
+        """Run the blocks from ``first`` on, on tokens of which none has left yet."""
+        if tokens.x.shape[1] != self.plan.geometry.tokens:
+            raise PlanError(
+                f"the plan is for {self.plan.geometry.tokens} tokens, "
+                f"but the model made {tokens.x.shape[1]} of this input"
+            )
+        for index in range(first, len(self)):
+            tokens = self.run_block(tokens, index)
+        return tokens
+
+    def run_block(self, tokens: Tokens, index: int) -> Tokens:
+        """Run one block."""
+        block, step, plan = self[index], self.steps.get(index), self.plan
+        log_size = None
+        if plan.proportional_attention and tokens.size is not None:
+            log_size = tokens.size.log()
+        if plan.last_block == "prefix" and index == len(self) - 1:
+            x = backbone.attend_prefix(block, tokens.x, log_size, plan.geometry.prefix)
+            return Tokens(backbone.feed_forward(block, x))
+        if step is None and log_size is None:
+            return dataclasses.replace(tokens, x=block(tokens.x))
+        x, parts = backbone.attend(block, tokens.x, log_size)
+        tokens = dataclasses.replace(tokens, x=x)
+        if step is not None:
+            tokens = self._take_step(tokens, step, parts, log_size)
+        return dataclasses.replace(tokens, x=backbone.feed_forward(block, tokens.x))
+
+    def _take_step(
+        self, tokens: Tokens, step: Step, parts: backbone.Projections, log_size: Tensor | None
+    ) -> Tokens:
+        options, prefix = self.plan.matching, self.plan.geometry.prefix
+        attention = options.prune_score if step.kind == "prune" else options.attention
+        received = None
+        if attention != "norm" and (step.kind == "prune" or options.salience):
+            received = scores.attention_to(attention, parts, log_size)
+        if step.kind == "prune" and received is not None:
+            return matching.prune(tokens, received[:, prefix:], step.r, prefix)
+        if options.feature == "random":
+            feature = getattr(self, _random_name(step)).to(tokens.x.dtype).expand(tokens.x.shape[0], -1, -1)
+        else:
+            feature = scores.feature_of(options.feature, tokens.x, parts)
+        if step.kind == "prune":
+            return matching.prune(tokens, feature[:, prefix:].float().norm(dim=-1), step.r, prefix)
+        return self._merge(tokens, step, feature, received)
+
+    def _merge(self, tokens: Tokens, step: Step, feature: Tensor, received: Tensor | None) -> Tokens:
+        options, prefix = self.plan.matching, self.plan.geometry.prefix
+        pairs = matching.similarity(feature, prefix)
+        if options.size_penalty and tokens.size is not None:
+            pairs = pairs - scores.size_penalty(tokens.size, prefix, options.size_penalty)
+        bonus = None
+        if received is not None:
+            bonus = matching.halves(received, prefix)[0] * (-options.salience * received.shape[1])
+        if step.block <= self.last_local and tokens.place is None:
+            tokens = dataclasses.replace(tokens, place=self._places(tokens.x))
+        tiles = None
+        if step.window and tokens.place is not None:
+            even, odd = matching.halves(tokens.place, prefix)
+            tiles = matching.tile(even, step.window), matching.tile(odd, step.window)
+        choice = matching.choose_edges(
+            pairs, step.r, bonus=bonus, tiles=tiles, equal_quota=options.quota == "equal"
+        )
+        result = matching.merge(tokens, choice, prefix, options.position == "centroid")
+        return result if step.block < self.last_local else dataclasses.replace(result, place=None)
+
+    def _places(self, x: Tensor) -> Tensor:
+        """Row and column of every token before the first one leaves: [B, N, 2]; prefix: 0, 0."""
+        rows, columns = self.plan.geometry.grid
+        at = torch.arange(rows * columns, device=x.device)
+        places = torch.stack([at // columns, at % columns], dim=1).float()
+        prefix = places.new_zeros(self.plan.geometry.prefix, 2)
+        return torch.cat([prefix, places]).expand(x.shape[0], -1, -1)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        raise ModelError(
+            "the blocks of a merged model cannot be run one by one (attn_mask, is_causal and "
+            "forward_intermediates do that); only a plain forward is accepted"
+        )
+
+
+def _random_name(step: Step) -> str:
+    return f"random_feature_{step.block}"
+
+
+def _random_feature(plan: MergePlan, step: Step) -> Tensor:
+    generator = torch.Generator().manual_seed(plan.matching.seed * 1024 + step.block)
+    count, width = plan.tokens[step.block], plan.matching.feature_width(plan.geometry)
+    return torch.randn(1, count, width, generator=generator)
+
+
+def apply(model: nn.Module, plan: MergePlan) -> Callable[[], None]:
+    """Put a model under a plan for good.
+
+    Args:
+        model: a model that :func:`~dsm_tune.merging.backbone.read_geometry` accepts.
+        plan: made for that geometry.
+
+    Returns:
+        A function that gives the model back untouched.
+
+    Raises:
+        ModelError: if the model is already merged, or cannot be.
+        PlanError: if the plan is for another geometry.
+    """
+    parts: Any = model
+    if isinstance(getattr(model, "blocks", None), MergedBlocks):
+        raise ModelError("a model must not be merged twice, but this one is merged already")
+    geometry = backbone.read_geometry(model)
+    if geometry != plan.geometry:
+        raise PlanError(f"the plan is for {plan.geometry}, but the model has {geometry}")
+    blocks, patch_dropping = parts.blocks, getattr(parts.patch_drop, "prob", 0.0)
+    if patch_dropping and model.training:
+        raise ModelError("a merged model must not drop patches, but patch_drop_rate is set; use eval()")
+    merged_blocks = MergedBlocks(blocks, plan)
+    merged_blocks.train(blocks.training)
+    device = next(model.parameters()).device
+    for name, buffer in merged_blocks.named_buffers(recurse=False):
+        setattr(merged_blocks, name, buffer.to(device))
+    parts.blocks = merged_blocks
+    if geometry.head == "avg" and merged_blocks.steps:
+        _pool_by_size(parts, merged_blocks)
+
+    def restore() -> None:
+        parts.blocks = blocks
+        model.__dict__.pop("pool", None)
+
+    return restore
+
+
+def _pool_by_size(model: Any, blocks: MergedBlocks) -> None:
+    """Let an average-pooling head take the mean over original tokens, not over merged ones."""
+    latest: list[Tensor | None] = [None]
+    first = 0 if model.pool_include_prefix else model.num_prefix_tokens
+
+    def forward(x: Tensor) -> Tensor:
+        tokens = blocks.run(Tokens(x))
+        latest[0] = tokens.size
+        return tokens.x
+
+    def pool(x: Tensor, pool_type: str | None = None) -> Tensor:
+        size = latest[0]
+        if size is None or pool_type not in (None, "avg"):
+            pooled: Tensor = type(model).pool(model, x, pool_type)
+            return pooled
+        weight = size[:, first:] / size[:, first:].sum(dim=1, keepdim=True)
+        return (x[:, first:] * weight.unsqueeze(2).to(x.dtype)).sum(dim=1)
+
+    object.__setattr__(blocks, "forward", forward)
+    object.__setattr__(model, "pool", pool)
+
+
+@contextmanager
+def merged(model: nn.Module, plan: MergePlan) -> Iterator[nn.Module]:
+    """Run a model under a plan inside a ``with`` block.
+
+    Args:
+        model: a timm ``VisionTransformer`` or ``VisionTransformerDistilled``.
+        plan: made for the geometry of this model.
+
+    Yields:
+        The model itself, merging; on leaving, also by an exception, it is as it was.
+
+    Raises:
+        ModelError: if the model cannot be merged or is merged already.
+        PlanError: if the plan is for another geometry.
+    """
+    restore = apply(model, plan)
+    try:
+        yield model
+    finally:
+        restore()
+
+
+def finish(model: nn.Module, plan: MergePlan, x: Tensor, first: int) -> Tensor:
+    """Logits under a plan from the tokens that enter block ``first``.
+
+    Args:
+        model: not merged; it is as it was afterwards.
+        plan: that removes nothing before block ``first``.
+        x: [B, N, C] tokens entering block ``first``.
+        first: index of a block.
+
+    Returns:
+        [B, classes], the bits that a forward from the images gives.
+    """
+    with merged(model, plan) as fast:
+        parts: Any = fast
+        tokens = parts.blocks.run(Tokens(x), first)
+        if plan.geometry.head == "avg":
+            raise ModelError("a model with an average-pooling head must start from its images")
+        logits: Tensor = parts.forward_head(parts.norm(tokens.x))
+        return logits
+
+
+@torch.no_grad()
+def trace(model: nn.Module, plan: MergePlan, images: Tensor) -> list[Tensor]:
+    """Follow every original token through a plan.
+
+    Args:
+        model: not merged.
+        plan: made for it.
+        images: [B, 3, H, W], normalised.
+
+    Returns:
+        For each block, [B, N0] int64: the token that each original token is in after the block,
+        or -1 if it was pruned. A prefix-only last block traces nothing further.
+    """
+    origins: list[Tensor] = []
+    with merged(model, plan) as fast:
+        blocks: Any = fast.blocks
+
+        def follow(x: Tensor) -> Tensor:
+            count = torch.arange(x.shape[1], device=x.device).repeat(x.shape[0], 1)
+            tokens = Tokens(x, origin=count)
+            for index in range(len(blocks)):
+                tokens = blocks.run_block(tokens, index)
+                if tokens.origin is not None:
+                    origins.append(tokens.origin)
+            return tokens.x
+
+        object.__setattr__(blocks, "forward", follow)
+        model(images)
+    return origins

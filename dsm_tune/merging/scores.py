@@ -1,0 +1,63 @@
+"""What tokens are compared by and what they are worth: features, attention, penalties."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsm_tune.merging.backbone import Projections
+from dsm_tune.merging.matching import halves
+
+__all__ = ["attention_to", "feature_of", "size_penalty"]
+
+
+def feature_of(kind: str, x: Tensor, parts: Projections) -> Tensor:
+    """The feature by which tokens are compared.
+
+    Args:
+        kind: ``k``, ``q``, ``v``: the mean over heads; ``kv``: both means, each of unit length;
+            ``k_all``, ``kv_all``: all heads, likewise; ``x``: the tokens.
+        x: [B, N, C] tokens after the attention half.
+        parts: projections of the same block.
+
+    Returns:
+        [B, N, F].
+    """
+    if kind == "x":
+        return x
+    if kind in ("k", "q", "v"):
+        projection: Tensor = getattr(parts, kind)
+        return projection.mean(dim=1)
+    if kind == "k_all":
+        return parts.k.transpose(1, 2).flatten(2)
+    if kind == "kv":
+        pair = parts.k.mean(dim=1), parts.v.mean(dim=1)
+    else:
+        pair = parts.k.transpose(1, 2).flatten(2), parts.v.transpose(1, 2).flatten(2)
+    return torch.cat([F.normalize(half.float(), dim=-1, eps=1e-6).to(x.dtype) for half in pair], dim=2)
+
+
+def attention_to(kind: str, parts: Projections, log_size: Tensor | None) -> Tensor:
+    """Attention that each token receives, mean over heads.
+
+    Args:
+        kind: from the ``class`` token, or ``received``: the mean over all tokens.
+        parts: projections of the block.
+        log_size: [B, N] or ``None``, as the block's own attention had it.
+
+    Returns:
+        [B, N] float32; each row sums to 1.
+    """
+    q = parts.q[:, :, :1] if kind == "class" else parts.q
+    logits = (q @ parts.k.transpose(-2, -1)).float() * parts.scale
+    if log_size is not None:
+        logits = logits + log_size[:, None, None, :]
+    return logits.softmax(dim=-1).mean(dim=(1, 2))
+
+
+def size_penalty(size: Tensor, prefix: int, beta: float) -> Tensor:
+    """``β log(s_a s_b / (s_a + s_b))`` for each pair of an even and an odd patch token: [B, a, b]."""
+    even, odd = halves(size, prefix)
+    even, odd = even.unsqueeze(2), odd.unsqueeze(1)
+    return beta * (even * odd / (even + odd)).log()

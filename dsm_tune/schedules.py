@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -26,9 +27,8 @@ def spread_evenly(shares: Sequence[float], total: int) -> tuple[int, ...]:
     whole = math.fsum(shares)
     if not whole:
         return (0,) * len(shares)
-    marks = [0]
-    for i in range(len(shares)):
-        marks.append(math.floor(total * math.fsum(shares[: i + 1]) / whole + 0.5))
+    marks = [0, *(math.floor(total * part / whole + 0.5) for part in itertools.accumulate(shares))]
+    marks[-1] = total
     return tuple(high - low for low, high in zip(marks, marks[1:], strict=False))
 
 

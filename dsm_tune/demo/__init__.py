@@ -33,7 +33,8 @@ def create_model() -> torch.nn.Module:
     """
     from dsm_tune.demo import model
 
-    return model.create_model()
+    trained: torch.nn.Module = model.create_model()
+    return trained
 
 
 def load_split(name: Literal["train", "search", "holdout"]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -57,7 +58,8 @@ def untrained_model(*, patch_drop_rate: float = 0.0) -> VisionTransformer:
         act_layer="relu",
         patch_drop_rate=patch_drop_rate,
     )
-    model.pretrained_cfg = {
+    described: Any = model  # Module's annotations know no attribute that is a plain dict
+    described.pretrained_cfg = {
         "architecture": MODEL_NAME,
         "input_size": (3, SIDE, SIDE),
         "fixed_input_size": True,

@@ -82,10 +82,10 @@ def train(
         batches = math.ceil(len(images) / BATCH)
         for epoch in range(epochs):
             if epoch >= THINNED * epochs:
-                model.patch_drop = torch.nn.Identity()
+                model.patch_drop.prob = 0.0
             losses = []
             order = torch.randperm(len(images), generator=generator)
-            for index, chosen in enumerate(order.split(BATCH)):
+            for index, chosen in enumerate(torch.split(order, BATCH)):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate((epoch + index / batches) / epochs)
                 batch = augment(images[chosen], generator)
@@ -109,11 +109,8 @@ def learning_rate(progress: float) -> float:
 def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the share of ``images`` ``[N, 3, 56, 56]`` given their label, from 0 to 1."""
     with torch.inference_mode():
-        right = [
-            (model(batch).argmax(dim=1) == target).sum()
-            for batch, target in zip(images.split(BATCH), labels.split(BATCH), strict=True)
-        ]
-    return float(torch.stack(right).sum()) / len(labels)
+        guesses = torch.cat([model(batch).argmax(dim=1) for batch in torch.split(images, BATCH)])
+    return (guesses == labels).double().mean().item()
 
 
 def save(model: torch.nn.Module, path: Path) -> None:

@@ -47,9 +47,12 @@ def test_images_have_the_promised_shape_dtype_and_scale(
     holdout: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     images, labels = holdout
-    assert images.shape == (398, 3, 56, 56) and images.dtype == torch.float32
-    assert labels.shape == (398,) and labels.dtype == torch.int64
-    assert images.mean().abs() < 0.05 and 0.9 < images.std() < 1.1
+    assert images.shape == (398, 3, 56, 56)
+    assert images.dtype == torch.float32
+    assert labels.shape == (398,)
+    assert labels.dtype == torch.int64
+    assert images.mean().abs() < 0.05
+    assert 0.9 < images.std() < 1.1
     assert images.equal(demo.load_split("holdout")[0])
 
 
@@ -63,7 +66,8 @@ def test_packaged_weights_fit_strictly_and_are_under_four_megabytes() -> None:
     assert len(packed) < 4_000_000
     fresh = demo_model.untrained_model()
     result = fresh.load_state_dict(safetensors.torch.load(packed), strict=True)
-    assert not result.missing_keys and not result.unexpected_keys
+    assert not result.missing_keys
+    assert not result.unexpected_keys
     model = demo.create_model()
     assert not model.training
     for name, value in fresh.state_dict().items():
@@ -74,7 +78,7 @@ def test_missing_weights_are_a_model_error_that_says_how_to_write_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(demo_model, "WEIGHTS", "absent.safetensors")
-    with pytest.raises(ModelError, match="python -m dsm_tune.demo.train"):
+    with pytest.raises(ModelError, match=r"python -m dsm_tune\.demo\.train"):
         demo.create_model()
 
 

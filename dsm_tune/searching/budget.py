@@ -1,0 +1,203 @@
+"""What a plan may cost, and the plan of a given shape that costs just that."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from dsm_tune.errors import BudgetError
+from dsm_tune.plan import Geometry, Matching, MergePlan, Step
+from dsm_tune.schedules import spread_evenly
+
+__all__ = ["Cost", "Limit", "Limits", "Shape", "fit", "parse_limit", "published_shapes"]
+
+LATENCY_STATS = ("p50", "p90", "p99")
+REBOUND = 0.7  # as more tokens leave, no staircase climbs back from below this share of a cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """One bound as it was asked for: an absolute number or a share of the dense model's cost."""
+
+    value: float
+    of_dense: bool = False
+
+    def resolve(self, dense: float) -> float:
+        """Return the bound in the unit of ``dense``."""
+        return self.value * dense if self.of_dense else self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:.4%}".replace(".0000", "") if self.of_dense else f"{self.value:g}"
+
+
+def parse_limit(text: str | float, option: str) -> Limit:
+    """Read a bound.
+
+    Args:
+        text: a number > 0, or a percentage of the dense model such as ``60%``.
+        option: its name, for the error.
+
+    Raises:
+        BudgetError: if it is neither.
+    """
+    raw = str(text).strip()
+    try:
+        number = float(raw.removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise BudgetError(
+            f"{option} must be a number > 0 or a percentage of the dense model, but got {raw!r:.60}; "
+            "accepted are for example 5 and 60%"
+        )
+    return Limit(number / 100, True) if raw.endswith("%") else Limit(number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a plan is predicted to cost.
+
+    Attributes:
+        gmacs: giga multiply-adds per image.
+        ms: latency by the device profile; ``None`` where the study has none.
+    """
+
+    gmacs: float
+    ms: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The bounds of a study in absolute units; at least one is set.
+
+    Attributes:
+        gmacs: giga multiply-adds per image.
+        ms: milliseconds per forward.
+        drop: points of top-1 (labels) or of agreement (no labels) that may be lost.
+    """
+
+    gmacs: float | None = None
+    ms: float | None = None
+    drop: float | None = None
+
+    def admit(self, cost: Cost, share: float = 1.0) -> bool:
+        """Whether a cost is within ``share`` of every bound."""
+        within = self.gmacs is None or cost.gmacs <= self.gmacs * share
+        if self.ms is not None:
+            within = within and cost.ms is not None and cost.ms <= self.ms * share
+        return within
+
+    def excess(self, cost: Cost) -> float:
+        """Largest relative overrun of a bound; <= 0 where all are met."""
+        over = [] if self.gmacs is None else [cost.gmacs / self.gmacs - 1]
+        if self.ms is not None:
+            over.append(math.inf if cost.ms is None else cost.ms / self.ms - 1)
+        return max(over)
+
+    def objective(self, cost: Cost) -> float:
+        """The cost that the search minimises: latency where it is bounded, GMACs otherwise."""
+        return cost.gmacs if self.ms is None or cost.ms is None else cost.ms
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """All of a plan but the total number of tokens that leave.
+
+    Attributes:
+        shares: relative r of each block; 0 where none leaves.
+        kinds: ``merge`` or ``prune`` for each block.
+        windows: side of the windows in each block, or ``None``.
+        matching: as in the plan.
+        proportional_attention: as in the plan.
+        last_block: as in the plan.
+    """
+
+    shares: tuple[float, ...]
+    kinds: tuple[str, ...]
+    windows: tuple[int | None, ...]
+    matching: Matching = Matching()
+    proportional_attention: bool = True
+    last_block: str = "all"
+
+    def plan(self, geometry: Geometry, total: int, model: str = "") -> MergePlan:
+        """Return the plan of this shape that removes ``total`` tokens, or as many as it can."""
+        counts = spread_evenly(self.shares, total)
+        steps = tuple(
+            Step(block, self.kinds[block], r, self.windows[block])
+            for block, r in enumerate(counts)
+            if r
+        )
+        return MergePlan(
+            model, geometry, steps, self.matching, self.proportional_attention, self.last_block
+        )
+
+
+def fit(
+    shape: Shape,
+    geometry: Geometry,
+    limits: Limits,
+    cost_of: Callable[[MergePlan], Cost],
+    *,
+    share: float = 1.0,
+    model: str = "",
+) -> MergePlan | None:
+    """Return the plan of a shape that comes closest to the limits without exceeding them.
+
+    Every total is tried, so the cost may be any function of the plan (latency is a staircase).
+    Of plans with equal cost the one that removes least is taken. A higher ``share`` never gives a
+    cheaper plan.
+
+    Args:
+        shape: what the plan looks like.
+        geometry: of the model.
+        limits: the bounds.
+        cost_of: predicts the cost of a plan.
+        share: of the limits that may be used, in (0, 1].
+        model: label of the plan.
+
+    Returns:
+        The plan, or ``None`` where no plan of this shape is within the limits.
+    """
+    best, best_cost, removed = None, -math.inf, None
+    # A block that is asked for more than it has gives what it has, so that totals above the number
+    # of tokens still change a plan, until every block is asked for all.
+    most = geometry.patches * sum(share > 0 for share in shape.shares)
+    for total in range(most + 1):
+        plan = shape.plan(geometry, total, model)
+        if plan.removed == removed:
+            continue
+        removed, cost = plan.removed, cost_of(plan)
+        objective = limits.objective(cost)
+        if limits.admit(cost, share) and objective > best_cost:
+            best, best_cost = plan, objective
+        if objective < REBOUND * best_cost:
+            break
+    return best
+
+
+def published_shapes(geometry: Geometry, delay: int) -> dict[str, Shape]:
+    """The shapes of what is known before a search, by label: ToMe's and DSM's.
+
+    Args:
+        geometry: of the model.
+        delay: D as detected.
+    """
+    depth = geometry.depth
+    merge = ("merge",) * depth
+
+    def dsm(first: int) -> Shape:
+        side = math.ceil(min(geometry.grid) / 2)
+        windows = tuple(side + b - first if first <= b < first + 3 else None for b in range(depth))
+        return Shape(tuple(float(b >= first) for b in range(depth)), merge, windows)
+
+    decreasing = tuple(float(depth - 1 - b) for b in range(depth)) if depth > 1 else (1.0,)
+    shapes = {
+        "tome": Shape((1.0,) * depth, merge, (None,) * depth),
+        "dsm": dsm(delay),
+        "tome-decreasing": Shape(decreasing, merge, (None,) * depth),
+    }
+    for first in (delay - 1, delay + 1):
+        if 0 <= first < depth:
+            shapes[f"dsm-delay-{first}"] = dsm(first)
+    return shapes

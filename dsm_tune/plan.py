@@ -52,7 +52,10 @@ def _choice(value: object, where: str, accepted: tuple[str, ...]) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or an integer of too many digits
+        text = f"a {type(value).__name__} too large to print"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -89,9 +92,7 @@ class Geometry:
         grid = self.grid
         if not isinstance(grid, (tuple, list)) or len(grid) != 2:
             raise PlanError(f"geometry.grid must be [rows, columns], but got {_shown(grid)}")
-        object.__setattr__(
-            self, "grid", tuple(_integer(side, "geometry.grid", 1) for side in grid)
-        )
+        object.__setattr__(self, "grid", tuple(_integer(side, "geometry.grid", 1) for side in grid))
         for name, low in [("prefix", 0), ("depth", 1), ("width", 1), ("heads", 1)]:
             _integer(getattr(self, name), f"geometry.{name}", low)
         for name, low in [("hidden", 0), ("patch", 1), ("classes", 0)]:
@@ -234,7 +235,7 @@ class MergePlan:
         _choice(self.last_block, "last_block", LAST_BLOCKS)
         blocks = [step.block for step in self.steps]
         if blocks != sorted(set(blocks)):
-            raise PlanError(f"steps must name ascending, distinct blocks, but got {blocks}")
+            raise PlanError(f"steps must name ascending, distinct blocks, but got {_shown(blocks)}")
         if blocks and blocks[-1] >= self.geometry.depth:
             raise PlanError(
                 f"step.block must be less than the depth {self.geometry.depth}, "
@@ -244,7 +245,9 @@ class MergePlan:
         self._check_last_block()
 
     def _check_attention(self) -> None:
-        scores = {self.matching.prune_score} if any(s.kind == "prune" for s in self.steps) else set()
+        scores = (
+            {self.matching.prune_score} if any(s.kind == "prune" for s in self.steps) else set()
+        )
         if self.matching.salience:
             scores.add(self.matching.attention)
         if "class" in scores and not self.geometry.prefix:
@@ -317,9 +320,15 @@ class MergePlan:
     @cached_property
     def digest(self) -> str:
         """Sixteen hexadecimal digits; equal for plans that do the same to the same geometry."""
-        canonical = dataclasses.replace(self, model="", steps=self.active_steps)
-        if not canonical.steps:
-            canonical = dataclasses.replace(canonical, matching=Matching(), proportional_attention=True)
+        steps = self.active_steps
+        canonical = dataclasses.replace(
+            self,
+            model="",
+            steps=steps,
+            matching=_used(self.matching, steps),
+            proportional_attention=self.proportional_attention
+            or all(step.kind == "prune" for step in steps),
+        )
         return hashlib.sha256(canonical.to_json().encode()).hexdigest()[:16]
 
     def dense(self) -> MergePlan:
@@ -343,7 +352,9 @@ class MergePlan:
         try:
             document = json.loads(text)
         except (ValueError, RecursionError, TypeError) as error:
-            raise PlanError(f"a plan must be a JSON object, but got invalid JSON: {error}") from None
+            raise PlanError(
+                f"a plan must be a JSON object, but got invalid JSON: {error}"
+            ) from None
         return cls.from_dict(document)
 
     @classmethod
@@ -365,6 +376,25 @@ class MergePlan:
             raise PlanError(f"steps must be a list of at most 1024 steps, but got {_shown(steps)}")
         body["steps"] = tuple(_part(step, Step, f"steps[{i}]") for i, step in enumerate(steps))
         return cls(**body)
+
+
+def _used(matching: Matching, steps: tuple[Step, ...]) -> Matching:
+    """Return the matching with every option at its default that has no effect on the steps."""
+    merges = any(step.kind == "merge" for step in steps)
+    prunes = any(step.kind == "prune" for step in steps)
+    compares = merges or (prunes and matching.prune_score == "norm")
+    local = any(step.window for step in steps)
+    used = {
+        "feature": compares,
+        "quota": local,
+        "position": local,
+        "salience": merges,
+        "attention": merges and matching.salience > 0,
+        "size_penalty": merges,
+        "prune_score": prunes,
+        "seed": compares and matching.feature == "random",
+    }
+    return Matching(**{name: getattr(matching, name) for name, matters in used.items() if matters})
 
 
 def _part(value: object, kind: Callable[..., Any], where: str) -> Any:

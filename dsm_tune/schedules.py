@@ -51,11 +51,14 @@ def tome(
     depth = geometry.depth
     if isinstance(r, bool) or not isinstance(r, (int, Sequence)):
         raise PlanError(f"r must be an integer >= 0 or a list of them, but got {r!r}")
-    if not -1.0 <= inflection <= 1.0:
+    if not isinstance(inflection, (int, float)) or not -1.0 <= inflection <= 1.0:
         raise PlanError(f"inflection must be a number from -1 to 1, but got {inflection!r}")
     if isinstance(r, int):
-        slope = [1 + inflection * (2 * b / (depth - 1) - 1) if depth > 1 else 1 for b in range(depth)]
-        counts = spread_evenly(slope, r * depth) if r > 0 else (r,) * depth
+        Step(0, "merge", r)  # a wrong r is refused before anything is computed with it
+        slope = [
+            1 + inflection * (2 * b / (depth - 1) - 1) if depth > 1 else 1 for b in range(depth)
+        ]
+        counts = spread_evenly(slope, r * depth)
     elif inflection or len(r) != depth:
         raise PlanError(
             f"a list r must hold one integer for each of the {depth} blocks and no inflection, "
@@ -92,9 +95,14 @@ def dsm(
     """
     first = default_delay(geometry) if delay is None else delay
     side = math.ceil(min(geometry.grid) / 2) if window is None else window
-    for name, value, low in [("delay", first, 0), ("window", side, 1), ("local_blocks", local_blocks, 0)]:
+    for name, value, low in [
+        ("delay", first, 0),
+        ("window", side, 1),
+        ("local_blocks", local_blocks, 0),
+    ]:
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise PlanError(f"{name} must be an integer >= {low}, but got {value!r}")
+    Step(0, "merge", r)  # a wrong r is refused even where no block merges
     steps = [
         Step(block, "merge", r, side + block - first if block < first + local_blocks else None)
         for block in range(min(first, geometry.depth), geometry.depth)

@@ -58,14 +58,14 @@ def split_indices(labels: Tensor, name: str) -> Tensor:
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Return ``images`` ``[B, 3, H, W]``, each shifted, turned, sheared and scaled at random.
 
-    Shifts go up to 10 % of the side, angles to 15 degrees, shears to 0.2, scales from 0.85 to
+    Shifts go up to 10 % of the side, angles to 15 degrees, shears to 0.1, scales from 0.85 to
     1.15 per axis; what comes in at the border is what stood there.
     """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(len(images), *shape, generator=generator)
 
-    angle, shear = uniform(-math.pi / 12, math.pi / 12), uniform(-0.2, 0.2)
+    angle, shear = uniform(-math.pi / 12, math.pi / 12), uniform(-0.1, 0.1)
     cosine, sine = angle.cos(), angle.sin()
     turn = torch.stack([cosine, -sine, sine, cosine], dim=1).view(-1, 2, 2)
     lean = torch.eye(2).repeat(len(images), 1, 1)

@@ -14,6 +14,7 @@ from dsm_tune.plan import MergePlan
 
 __all__ = ["CACHE_BYTES", "Evaluator"]
 
+BATCH_SIZE = 25
 CACHE_BYTES = 2 << 30  # of activations kept per evaluator; what does not fit is computed again
 
 
@@ -29,6 +30,7 @@ class Evaluator:
             device and dtype.
         pixels: [N, 3, H, W] float32, normalised.
         labels: [N] int64, -1 where unlabelled.
+        dense: [N, K] outputs of the dense model on these images, if they are known already.
         batch_size: images per forward.
         cache_bytes: of kept tokens at most.
     """
@@ -39,7 +41,8 @@ class Evaluator:
         pixels: Tensor,
         labels: Tensor,
         *,
-        batch_size: int = 25,
+        dense: Tensor | None = None,
+        batch_size: int = BATCH_SIZE,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.model = model.eval()
@@ -49,7 +52,7 @@ class Evaluator:
         self.cache_bytes = cache_bytes
         self._batches = pixels.split(batch_size)
         self._where = next(model.parameters())
-        self._dense: list[Tensor] = []
+        self._dense = [] if dense is None else list(dense.split(batch_size))
         self._kept: dict[tuple[int, int], Tensor] = {}  # (block, batch): tokens entering the block
 
     @torch.inference_mode()
@@ -100,7 +103,9 @@ class Evaluator:
             return None
         caught: list[Tensor] = []
         parts: Any = self.model
-        hook = parts.blocks[block].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+        hook = parts.blocks[block].register_forward_pre_hook(
+            lambda _, inputs: caught.append(inputs[0])
+        )
         try:
             self.model(self._pixels(batch))
         finally:

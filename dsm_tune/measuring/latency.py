@@ -84,7 +84,9 @@ def _relative_width(samples: Sequence[float]) -> float:
     return (high - low) / float(values.median())
 
 
-def summarise(timing: Timing, dense: Timing, *, stat: str, predicted: float | None = None) -> LatencyMs:
+def summarise(
+    timing: Timing, dense: Timing, *, stat: str, predicted: float | None = None
+) -> LatencyMs:
     """Percentiles, the 95 % interval of the statistic, and the ratio to the dense model.
 
     Args:

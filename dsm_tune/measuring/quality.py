@@ -72,7 +72,9 @@ def compare(dense: Tensor, outputs: Tensor, labels: Tensor, *, classes: int) -> 
     labelled = labels >= 0
     return PerImage(
         divergence=divergence.clamp(min=0.0),
-        agrees=p.argmax(dim=1) == q.argmax(dim=1) if classes else torch.ones(len(p), dtype=torch.bool),
+        agrees=p.argmax(dim=1) == q.argmax(dim=1)
+        if classes
+        else torch.ones(len(p), dtype=torch.bool),
         hit1=best[:, 0] & labelled,
         hit5=best.any(dim=1) & labelled,
         labelled=labelled,

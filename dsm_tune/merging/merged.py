@@ -29,13 +29,30 @@ class MergedBlocks(nn.Sequential):
         self.plan = plan
         self.steps = {step.block: step for step in plan.active_steps}
         self.last_local = max((s.block for s in self.steps.values() if s.window), default=-1)
+        self.final_norm: Any = None
+        self.pooled_from = 0
         if plan.matching.feature == "random":
             for step in self.steps.values():
                 self.register_buffer(_random_name(step), _random_feature(plan, step), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run all blocks: [B, N, C] to [B, N', C]."""
-        return self.run(Tokens(x)).x
+        """Run all blocks: [B, N, C] to what the model goes on with."""
+        return self.leave(self.run(Tokens(x)))
+
+    def leave(self, tokens: Tokens) -> Tensor:
+        """What the model goes on with: [B, N', C]; [B, p + 1, C] where the head takes the mean.
+
+        A mean over the original tokens needs the sizes, which timm's head does not know. It is
+        taken here, behind the final norm, and stands for all patch tokens (for all tokens, where
+        the mean includes the prefix): the head's own mean of one token leaves it as it is.
+        """
+        if self.final_norm is None or tokens.size is None:
+            return tokens.x
+        first = self.pooled_from
+        x = type(self.final_norm).forward(self.final_norm, tokens.x)
+        weight = tokens.size[:, first:] / tokens.size[:, first:].sum(dim=1, keepdim=True)
+        mean = (x[:, first:] * weight.unsqueeze(2).to(x.dtype)).sum(dim=1, keepdim=True)
+        return torch.cat([x[:, :first], mean], dim=1)
 
     def run(self, tokens: Tokens, first: int = 0) -> Tokens:
         """Run the blocks from ``first`` on, on tokens of which none has left yet."""
@@ -69,6 +86,8 @@ class MergedBlocks(nn.Sequential):
         self, tokens: Tokens, step: Step, parts: backbone.Projections, log_size: Tensor | None
     ) -> Tokens:
         options, prefix = self.plan.matching, self.plan.geometry.prefix
+        if step.block <= self.last_local and tokens.place is None:
+            tokens = dataclasses.replace(tokens, place=self._places(tokens.x))
         attention = options.prune_score if step.kind == "prune" else options.attention
         received = None
         if attention != "norm" and (step.kind == "prune" or options.salience):
@@ -91,8 +110,6 @@ class MergedBlocks(nn.Sequential):
         bonus = None
         if received is not None:
             bonus = matching.halves(received, prefix)[0] * (-options.salience * received.shape[1])
-        if step.block <= self.last_local and tokens.place is None:
-            tokens = dataclasses.replace(tokens, place=self._places(tokens.x))
         tiles = None
         if step.window and tokens.place is not None:
             even, odd = matching.halves(tokens.place, prefix)
@@ -110,6 +127,9 @@ class MergedBlocks(nn.Sequential):
         places = torch.stack([at // columns, at % columns], dim=1).float()
         prefix = places.new_zeros(self.plan.geometry.prefix, 2)
         return torch.cat([prefix, places]).expand(x.shape[0], -1, -1)
+
+    def __getitem__(self, index: Any) -> Any:
+        return next(iter(self)) if isinstance(index, slice) else super().__getitem__(index)
 
     def __iter__(self) -> Iterator[nn.Module]:
         raise ModelError(
@@ -152,41 +172,28 @@ def apply(model: nn.Module, plan: MergePlan) -> Callable[[], None]:
     if patch_dropping and model.training:
         raise ModelError("a merged model must not drop patches, but patch_drop_rate is set; use eval()")
     merged_blocks = MergedBlocks(blocks, plan)
-    merged_blocks.train(blocks.training)
+    merged_blocks.training = blocks.training  # not train(), which would set the blocks' own modes too
     device = next(model.parameters()).device
     for name, buffer in merged_blocks.named_buffers(recurse=False):
         setattr(merged_blocks, name, buffer.to(device))
+    norm = parts.norm
+    if geometry.head == "avg" and any(step.kind == "merge" for step in plan.active_steps):
+        # No child of the blocks, or it would appear in the state_dict twice.
+        object.__setattr__(merged_blocks, "final_norm", norm)
+        merged_blocks.pooled_from = 0 if parts.pool_include_prefix else geometry.prefix
+        object.__setattr__(norm, "forward", _done_already)
     parts.blocks = merged_blocks
-    if geometry.head == "avg" and merged_blocks.steps:
-        _pool_by_size(parts, merged_blocks)
 
     def restore() -> None:
         parts.blocks = blocks
-        model.__dict__.pop("pool", None)
+        norm.__dict__.pop("forward", None)
 
     return restore
 
 
-def _pool_by_size(model: Any, blocks: MergedBlocks) -> None:
-    """Let an average-pooling head take the mean over original tokens, not over merged ones."""
-    latest: list[Tensor | None] = [None]
-    first = 0 if model.pool_include_prefix else model.num_prefix_tokens
-
-    def forward(x: Tensor) -> Tensor:
-        tokens = blocks.run(Tokens(x))
-        latest[0] = tokens.size
-        return tokens.x
-
-    def pool(x: Tensor, pool_type: str | None = None) -> Tensor:
-        size = latest[0]
-        if size is None or pool_type not in (None, "avg"):
-            pooled: Tensor = type(model).pool(model, x, pool_type)
-            return pooled
-        weight = size[:, first:] / size[:, first:].sum(dim=1, keepdim=True)
-        return (x[:, first:] * weight.unsqueeze(2).to(x.dtype)).sum(dim=1)
-
-    object.__setattr__(blocks, "forward", forward)
-    object.__setattr__(model, "pool", pool)
+def _done_already(x: Tensor) -> Tensor:
+    """What the final norm does where :meth:`MergedBlocks.leave` has applied it."""
+    return x
 
 
 @contextmanager
@@ -226,9 +233,7 @@ def finish(model: nn.Module, plan: MergePlan, x: Tensor, first: int) -> Tensor:
     with merged(model, plan) as fast:
         parts: Any = fast
         tokens = parts.blocks.run(Tokens(x), first)
-        if plan.geometry.head == "avg":
-            raise ModelError("a model with an average-pooling head must start from its images")
-        logits: Tensor = parts.forward_head(parts.norm(tokens.x))
+        logits: Tensor = parts.forward_head(parts.norm(parts.blocks.leave(tokens)))
         return logits
 
 

@@ -62,7 +62,11 @@ class Choices:
 
     def draw(self, trial: Draws, name: str) -> Any:
         """Draw one, or return it where there is only one."""
-        return self.values[0] if len(self.values) == 1 else trial.suggest_categorical(name, self.values)
+        return (
+            self.values[0]
+            if len(self.values) == 1
+            else trial.suggest_categorical(name, self.values)
+        )
 
     def admits(self, value: object) -> bool:
         """Whether a value is one of these."""
@@ -166,7 +170,10 @@ class Space:
         bound = dict(self.parameters)
         offset = bound["offset"]
         if isinstance(offset, Range):
-            clamp = [min(max(delay + o, 0), geometry.depth - 1) - delay for o in (offset.low, offset.high)]
+            clamp = [
+                min(max(delay + o, 0), geometry.depth - 1) - delay
+                for o in (offset.low, offset.high)
+            ]
             bound["offset"] = Range(clamp[0], clamp[1], whole=True)
         if not geometry.reads_prefix_only:
             bound["last_block"] = Choices(("all",))
@@ -194,7 +201,11 @@ class Space:
         for name, kind in self.parameters.items():
             value = point.get(name, DEFAULTS.get(name, 0.0))
             if not kind.admits(value):
-                value = kind.values[0] if isinstance(kind, Choices) else min(max(value, kind.low), kind.high)
+                value = (
+                    kind.values[0]
+                    if isinstance(kind, Choices)
+                    else min(max(value, kind.low), kind.high)
+                )
             if isinstance(kind, Range):
                 value = int(value) if kind.whole else float(value)
             whole[name] = value
@@ -239,7 +250,9 @@ def build(params: Mapping[str, Any], geometry: Geometry, delay: int) -> Shape:
     shares = []
     for block in range(depth):
         t = 2 * (block - first) / span - 1
-        exponent = params["slope"] * t + params["bump"] * (1 - t * t) + params.get(f"jitter_{block}", 0.0)
+        exponent = (
+            params["slope"] * t + params["bump"] * (1 - t * t) + params.get(f"jitter_{block}", 0.0)
+        )
         shares.append(math.exp(exponent) if first <= block < end else 0.0)
     side = max(1, round(params["first_share"] * min(geometry.grid)))
     windows = [
@@ -248,7 +261,9 @@ def build(params: Mapping[str, Any], geometry: Geometry, delay: int) -> Shape:
         else None
         for block in range(depth)
     ]
-    kinds = ["prune" if block >= end - params["prune_blocks"] else "merge" for block in range(depth)]
+    kinds = [
+        "prune" if block >= end - params["prune_blocks"] else "merge" for block in range(depth)
+    ]
     matching = Matching(
         feature=params["feature"],
         quota=params["quota"],
@@ -270,7 +285,9 @@ def build(params: Mapping[str, Any], geometry: Geometry, delay: int) -> Shape:
 
 def space_names() -> list[str]:
     """Names of the spaces that come with dsm-tune."""
-    return sorted(p.name.removesuffix(".toml") for p in _folder().iterdir() if p.name.endswith(".toml"))
+    return sorted(
+        p.name.removesuffix(".toml") for p in _folder().iterdir() if p.name.endswith(".toml")
+    )
 
 
 def _folder() -> Any:
@@ -289,7 +306,9 @@ def load_space(name_or_file: str) -> Space:
     """
     file = Path(name_or_file)
     if name_or_file in space_names():
-        return parse_space((_folder() / f"{name_or_file}.toml").read_bytes(), name_or_file, name_or_file)
+        return parse_space(
+            (_folder() / f"{name_or_file}.toml").read_bytes(), name_or_file, name_or_file
+        )
     if not file.is_file():
         raise SpaceError(
             f"--search-space must be a TOML file or one of {', '.join(space_names())}, "
@@ -307,9 +326,13 @@ def parse_space(content: bytes, name: str, where: str) -> Space:
     try:
         document = tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise SpaceError(f"{where}: a search space must be TOML in UTF-8: {' '.join(str(error).split())}") from None
+        raise SpaceError(
+            f"{where}: a search space must be TOML in UTF-8: {' '.join(str(error).split())}"
+        ) from None
     if document.get("format") != FORMAT:
-        raise SpaceError(f"{where}: format must be {FORMAT!r}, but got {document.get('format')!r:.60}")
+        raise SpaceError(
+            f"{where}: format must be {FORMAT!r}, but got {document.get('format')!r:.60}"
+        )
     tables = ["format", "description", "search", "fidelity", "enqueue", *RULES]
     _refuse_unknown(document, tables, f"{where}: ")
     parameters: dict[str, Range | Choices] = {}
@@ -317,11 +340,15 @@ def parse_space(content: bytes, name: str, where: str) -> Space:
         given = _table(document, table, where)
         _refuse_unknown(given, list(rules), f"{where}: {table}.")
         for key, rule in rules.items():
-            parameters[key] = _values_of(given.get(key, rule.default), rule, f"{where}: {table}.{key}")
+            parameters[key] = _values_of(
+                given.get(key, rule.default), rule, f"{where}: {table}.{key}"
+            )
     search = _single(document, "search", SEARCH_RULES, where)
     fidelity = _single(document, "fidelity", FIDELITY_RULES, where)
     enqueued = _enqueued(document.get("enqueue", []), parameters, where)
-    return Space(name, parameters, enqueued, search["sampler"], search["generation"], Fidelity(**fidelity))
+    return Space(
+        name, parameters, enqueued, search["sampler"], search["generation"], Fidelity(**fidelity)
+    )
 
 
 def _table(document: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
@@ -359,7 +386,9 @@ def _values_of(value: Any, rule: Rule, where: str) -> Range | Choices:
     if len(bounds) != 2 or not all(allowed.admits(v) for v in bounds):
         raise problem
     if bounds[0] > bounds[1]:
-        raise SpaceError(f"{where}: low <= high must hold, but got (low={bounds[0]}, high={bounds[1]})")
+        raise SpaceError(
+            f"{where}: low <= high must hold, but got (low={bounds[0]}, high={bounds[1]})"
+        )
     return Range(bounds[0], bounds[1], rule.whole)
 
 

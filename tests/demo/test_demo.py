@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import timm.data
 import torch
+from sklearn.datasets import load_digits
 
 from dsm_tune import demo
 from dsm_tune.demo import digits, train
@@ -24,7 +25,7 @@ def holdout() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_splits_are_disjoint_and_cover_all_1797_images() -> None:
-    labels = torch.from_numpy(digits.load_digits().target)
+    labels = torch.from_numpy(load_digits().target)
     indices = [digits.split_indices(labels, name) for name in digits.SPLITS]
     assert [len(part) for part in indices] == [1000, 399, 398]
     assert torch.cat(indices).sort().values.equal(torch.arange(1797))
@@ -37,7 +38,7 @@ def test_no_image_stands_in_two_splits() -> None:
 
 @pytest.mark.parametrize("name", digits.SPLITS)
 def test_splits_are_stratified_to_within_one_image_per_class(name: str) -> None:
-    labels = torch.from_numpy(digits.load_digits().target)
+    labels = torch.from_numpy(load_digits().target)
     part = labels[digits.split_indices(labels, name)]
     share = labels.bincount() * len(part) / len(labels)
     assert (part.bincount() - share).abs().max() <= 1

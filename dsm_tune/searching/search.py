@@ -1,0 +1,343 @@
+"""The search as a state machine: which plan is evaluated next, on how many images.
+
+It knows nothing of processes: an engine takes jobs from it and reports what they gave. Trials
+are asked in generations, evaluated on few images, the better part on all, and told in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from dsm_tune.plan import Geometry, MergePlan
+from dsm_tune.searching.budget import Cost, Limits, fit, published_shapes
+from dsm_tune.searching.pareto import hypervolume, non_dominated, ranks
+from dsm_tune.searching.space import Space, build
+from dsm_tune.searching.study import Evaluation, Mirror, Record, Study, derive_seed
+
+__all__ = ["Job", "Planner", "Progress", "Search"]
+
+ATTEMPTS, RANDOM_AFTER = 48, 16  # draws per slot; from RANDOM_AFTER on, uniformly at random
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One evaluation to do."""
+
+    number: int
+    plan: MergePlan
+    images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """Builds plans that meet the budget.
+
+    Attributes:
+        space: bound to the model.
+        geometry: of the model.
+        delay: D as detected.
+        limits: the budget.
+        cost_of: predicts the cost of a plan.
+        model: label of the plans.
+    """
+
+    space: Space
+    geometry: Geometry
+    delay: int
+    limits: Limits
+    cost_of: Callable[[MergePlan], Cost]
+    model: str
+
+    def build(self, params: Mapping[str, object]) -> MergePlan | None:
+        """The plan of some parameters, or ``None`` where none of that shape meets the budget."""
+        shape = build(params, self.geometry, self.delay)
+        return fit(
+            shape,
+            self.geometry,
+            self.limits,
+            self.cost_of,
+            share=float(params["cost_share"]),  # type: ignore[arg-type]
+            model=self.model,
+        )
+
+    def known(self) -> dict[str, MergePlan]:
+        """What is known before a search, by label: dense, and what was published, fitted."""
+        plans = {"dense": MergePlan(self.model, self.geometry)}
+        for label, shape in published_shapes(self.geometry, self.delay).items():
+            plan = fit(shape, self.geometry, self.limits, self.cost_of, model=self.model)
+            if plan is not None:
+                plans[label] = plan
+        return plans
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a search stands.
+
+    Attributes:
+        done: trials that ended.
+        trials: as many as were asked for.
+        best_divergence: the least of the feasible merged plans on all images, or ``None``.
+        hypervolume: of the feasible front, within dense cost and twice the worse reference.
+        record: the trial that ended last.
+    """
+
+    done: int
+    trials: int
+    best_divergence: float | None
+    hypervolume: float
+    record: Record
+
+
+class Search:
+    """Turns a study, a planner and a number of trials into jobs, and their results into a front.
+
+    Args:
+        study: new, or to be continued.
+        planner: builds the plans.
+        images: number of search images.
+        trials: distinct plans to evaluate, known ones included.
+        seed: of all draws.
+        on_progress: called whenever a trial has ended.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        planner: Planner,
+        *,
+        images: int,
+        trials: int,
+        seed: int,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
+        self.study, self.planner = study, planner
+        self.images, self.trials, self.seed = images, trials, seed
+        self.on_progress = on_progress
+        self.stopped = ""  # why no more jobs are given out
+        self._records = {record.number: record for record in study.records()}
+        self._queue: deque[Job] = deque()
+        self._running: dict[tuple[int, int], Job] = {}
+        self._advance()
+
+    # -- what an engine calls -------------------------------------------------------------------
+
+    def next(self) -> Job | None:
+        """The next job, or ``None`` while there is none (see :attr:`finished`)."""
+        if self.stopped or not self._queue:
+            return None
+        job = self._queue.popleft()
+        self._running[job.number, job.images] = job
+        return job
+
+    @property
+    def finished(self) -> bool:
+        """Whether no job is left and none will come."""
+        return not self._running and (bool(self.stopped) or not self._queue)
+
+    def report(self, job: Job, evaluation: Evaluation) -> None:
+        """Take what a job gave; it is stored first."""
+        self.study.store(job.number, evaluation)
+        record = self._records[job.number]
+        evaluations = {**record.evaluations, evaluation.images: evaluation}
+        self._records[job.number] = dataclasses.replace(record, evaluations=evaluations)
+        self._running.pop((job.number, job.images), None)
+        if not self._queue and not self._running:
+            self._advance()
+
+    def give_back(self, job: Job) -> None:
+        """Take a job back that could not be run; it is given out again, first."""
+        self._running.pop((job.number, job.images), None)
+        self._queue.appendleft(job)
+
+    def stop(self, why: str) -> None:
+        """Give out no more jobs; what runs may still be reported."""
+        self.stopped = self.stopped or why
+
+    # -- what is known --------------------------------------------------------------------------
+
+    def records(self) -> list[Record]:
+        """All trials by number."""
+        return [self._records[number] for number in sorted(self._records)]
+
+    def front(self) -> list[Record]:
+        """Feasible, fully evaluated, mutually non-dominated trials, ascending in cost."""
+        able = [r for r in self.records() if self._is_feasible(r)]
+        return [able[i] for i in non_dominated([self.objectives(r) for r in able])]
+
+    def objectives(self, record: Record) -> tuple[float, float]:
+        """(cost, divergence) of a trial that was evaluated."""
+        latest = record.latest
+        divergence = math.inf if latest is None or latest.divergence is None else latest.divergence
+        return self._cost(record), divergence
+
+    def cost_of(self, record: Record) -> Cost:
+        """Predicted cost of a trial's plan."""
+        return self.planner.cost_of(record.plan)
+
+    def _cost(self, record: Record) -> float:
+        return self.planner.limits.objective(self.cost_of(record))
+
+    def _is_feasible(self, record: Record) -> bool:
+        return record.state == "complete" and self.planner.limits.excess(self.cost_of(record)) <= 0
+
+    # -- generations ----------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Queue what the current generation still needs; when it needs nothing, end it, ask the next."""
+        while not self._queue:
+            open_records = [r for r in self.records() if r.state == "running"]
+            if open_records:
+                generation = open_records[0].generation
+                self._fill(generation)
+                members = [r for r in self.records() if r.generation == generation]
+                if not self._queue_missing(members):
+                    self._close(members)
+            elif len(self._records) >= self.trials:
+                return
+            elif not self._fill(
+                max((r.generation for r in self._records.values()), default=-1) + 1
+            ):
+                self.stop("no further distinct plan meets the budget")
+                return
+
+    def _fill(self, generation: int) -> bool:
+        """Add the trials of a generation that are not stored yet; whether it has any."""
+        members = {r.slot for r in self._records.values() if r.generation == generation}
+        before = len(self._records) - len(members)
+        if generation == 0:
+            asked = self._known_records()
+            asked = asked[: max(self.trials, 3)]  # dense, ToMe and DSM are always there
+        else:
+            size = max(min(self.planner.space.generation, self.trials - before), len(members))
+            asked = []
+            if len(members) < size:
+                mirror = self._mirror(generation)
+                for slot in range(size):
+                    if slot not in members:
+                        drawn = self._draw(mirror, generation, slot)
+                        if drawn is None:
+                            break
+                        self._add(drawn)
+                        members.add(slot)
+        for record in asked:
+            if record.slot not in members:
+                self._add(record)
+                members.add(record.slot)
+        return bool(members)
+
+    def _add(self, record: Record) -> None:
+        stored = self.study.add(record, self.planner.space)
+        self._records[stored.number] = stored
+
+    def _known_records(self) -> list[Record]:
+        found: list[Record] = []
+        digests = set()
+        points = [(label, {}, plan) for label, plan in self.planner.known().items()]
+        for index, point in enumerate(self.planner.space.enqueued):
+            params = self.planner.space.complete(point)
+            points.append((f"enqueued-{index}", params, self.planner.build(params)))  # type: ignore[arg-type]
+        for label, known_params, plan in points:
+            if plan is not None and plan.digest not in digests:
+                digests.add(plan.digest)
+                found.append(Record(-1, 0, len(found), label, dict(known_params), plan))
+        return found
+
+    def _draw(self, mirror: Mirror, generation: int, slot: int) -> Record | None:
+        seen = {r.plan.digest for r in self._records.values()}
+        redrawn = {"duplicate": 0, "unfit": 0}
+        for attempt in range(ATTEMPTS):
+            seed = derive_seed(self.seed, generation, slot, attempt)
+            params = mirror.draw(seed, at_random=attempt >= RANDOM_AFTER)
+            plan = self.planner.build(params)
+            if plan is None or plan.digest in seen:
+                redrawn["unfit" if plan is None else "duplicate"] += 1
+                continue
+            return Record(-1, generation, slot, "", params, plan, redrawn=redrawn)
+        return None
+
+    def _mirror(self, generation: int) -> Mirror:
+        told = []
+        for record in self.records():
+            earlier = record.generation < generation and record.params and record.state != "failed"
+            if earlier and record.latest is not None and record.latest.divergence is not None:
+                # The logarithm, so that one hopeless plan does not flatten the rest of the front.
+                log_divergence = math.log(max(record.latest.divergence, 1e-9))
+                told.append((record.params, (log_divergence, self._cost(record))))
+        return Mirror(self.planner.space, told)
+
+    def _few(self) -> int:
+        """Images of the first stage; as many as there are if it is not worth a stage of its own."""
+        few = math.ceil(self.images * self.planner.space.fidelity.image_share)
+        return (
+            few if few < self.images and self.planner.space.fidelity.keep_share < 1 else self.images
+        )
+
+    def _queue_missing(self, members: list[Record]) -> bool:
+        """Queue the evaluations that a generation lacks at its present stage; whether there are any."""
+        few = self.images if members[0].generation == 0 else self._few()
+        missing = [r for r in members if r.state == "running" and few not in r.evaluations]
+        if not missing and few < self.images:
+            promoted = self._promoted(members, few)
+            missing = [
+                r for r in promoted if self.images not in r.evaluations and r.state == "running"
+            ]
+            few = self.images
+        self._queue.extend(Job(r.number, r.plan, few) for r in missing)
+        return bool(missing)
+
+    def _promoted(self, members: list[Record], few: int) -> list[Record]:
+        """The trials that go on to all images: best non-domination ranks, then least divergence."""
+        able = [r for r in members if not r.evaluations[few].error]
+        points = []
+        for record in able:
+            divergence = record.evaluations[few].divergence
+            points.append((self._cost(record), math.inf if divergence is None else divergence))
+        order = sorted(range(len(able)), key=lambda i: (ranks(points)[i], points[i][1], i))
+        keep = math.ceil(len(members) * self.planner.space.fidelity.keep_share)
+        return [able[i] for i in sorted(order[:keep])]
+
+    def _close(self, members: list[Record]) -> None:
+        for record in sorted(members, key=lambda r: r.number):
+            if record.state != "running":
+                continue
+            latest = record.latest
+            excess = self.planner.limits.excess(self.cost_of(record))
+            values, state, why = None, "complete", ""
+            if latest is None or latest.error or latest.divergence is None:
+                state, why = "failed", latest.error if latest else "it was never evaluated"
+            elif latest.images < self.images:
+                state, why = (
+                    "pruned",
+                    f"not among the best of its generation on {latest.images} images",
+                )
+            else:
+                values = (latest.divergence, self._cost(record))
+            self.study.close(record.number, state, values=values, excess=excess, why=why)
+            closed = dataclasses.replace(record, state=state, why=why)
+            self._records[record.number] = closed
+            self.on_progress(self._progress(closed))
+
+    def _progress(self, record: Record) -> Progress:
+        ended = [r for r in self._records.values() if r.state != "running"]
+        merged = [r for r in self.front() if any(r.plan.removed)]
+        least = min((self.objectives(r)[1] for r in merged), default=None)
+        return Progress(len(ended), self.trials, least, self.hypervolume(), record)
+
+    def hypervolume(self) -> float:
+        """Of the feasible front, up to the dense cost and twice the worse of ToMe's and DSM's divergence.
+
+        Relative to that rectangle: 1 would be a free plan without any divergence.
+        """
+        known = {r.label: r for r in self._records.values() if r.label and r.state == "complete"}
+        worst = max(
+            (self.objectives(known[k])[1] for k in ("tome", "dsm") if k in known), default=0.0
+        )
+        if "dense" not in known or not worst:
+            return 0.0
+        reference = self._cost(known["dense"]), 2 * worst
+        points = [self.objectives(r) for r in self.front()]
+        return hypervolume(points, reference) / (reference[0] * reference[1])

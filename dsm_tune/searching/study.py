@@ -1,0 +1,358 @@
+"""A study in an Optuna storage: its facts, its trials, and what each trial has cost so far.
+
+A trial is added whole (parameters, plan, place in its generation) in one transaction, and every
+evaluation is stored before anything is done with it: after a crash nothing has to be guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.storages import RDBStorage
+from optuna.trial import Trial as OptunaTrial
+from optuna.trial import TrialState, create_trial
+
+from dsm_tune.errors import StudyError, nearest
+from dsm_tune.plan import MergePlan
+from dsm_tune.searching.space import Choices, Range, Space
+
+__all__ = ["Evaluation", "Mirror", "Record", "Study", "derive_seed", "study_names"]
+
+STATES = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation of a plan gave: means over ``images`` search images, or an error."""
+
+    images: int
+    divergence: float | None = None
+    agreement: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+    seconds: float = 0.0
+    error: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One stored trial.
+
+    Attributes:
+        number: in the study.
+        generation, slot: where it was asked; generation 0 is what is known before a search.
+        label: of a known plan, or ``""``.
+        params: all parameters; empty for a known plan.
+        plan: its merge plan.
+        evaluations: by number of images.
+        state: ``running``, ``complete``, ``pruned`` or ``failed``.
+        why: the cause of a state other than ``complete``.
+        redrawn: draws given up before this one: ``duplicate`` and ``unfit`` counts.
+    """
+
+    number: int
+    generation: int
+    slot: int
+    label: str
+    params: dict[str, Any]
+    plan: MergePlan
+    evaluations: dict[int, Evaluation] = dataclasses.field(default_factory=dict)
+    state: str = "running"
+    why: str = ""
+    redrawn: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def latest(self) -> Evaluation | None:
+        """The evaluation on most images."""
+        return self.evaluations[max(self.evaluations)] if self.evaluations else None
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed of 32 bits that depends on all the parts."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Optuna from announcing what it does and what of it is experimental."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
+def _open(url: str, *, create: bool) -> RDBStorage:
+    try:
+        address = sqlalchemy.engine.make_url(url)
+    except sqlalchemy.exc.ArgumentError:
+        raise StudyError(
+            f"--storage must be a database URL such as sqlite:////tmp/dsm_tune.db, but got {url!r:.80}"
+        ) from None
+    file = Path(address.database or "")
+    if address.get_backend_name() == "sqlite" and not create and not file.is_file():
+        raise StudyError(f"there is no study store at {file}; `dsm-tune` makes one")
+    try:
+        with _quiet():
+            return RDBStorage(url, engine_kwargs={"connect_args": _timeouts(address)})
+    except Exception as error:  # drivers raise their own kinds: unreachable, unwritable, malformed
+        raise StudyError(
+            f"the study store {address.render_as_string(hide_password=True)} must be readable and "
+            f"writable, but: {_first_line(error)}"
+        ) from None
+
+
+def _timeouts(address: sqlalchemy.URL) -> dict[str, Any]:
+    return {"timeout": 60} if address.get_backend_name() == "sqlite" else {}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def study_names(url: str) -> list[str]:
+    """Names of the studies in a store; none where there is no store."""
+    try:
+        with _quiet():
+            return sorted(optuna.get_all_study_names(_open(url, create=False)))
+    except StudyError:
+        return []
+
+
+class Study:
+    """A study in an Optuna storage. One process writes; any may read."""
+
+    def __init__(self, storage: RDBStorage, study: optuna.Study) -> None:
+        self._storage = storage
+        self.optuna_study = study
+
+    @classmethod
+    def create(cls, url: str, name: str, facts: Mapping[str, Any]) -> Study:
+        """Make a study; its facts are stored with it.
+
+        Raises:
+            StudyError: if the name is taken or the store cannot be written.
+        """
+        storage = _open(url, create=True)
+        try:
+            with _quiet():
+                study = optuna.create_study(
+                    storage=storage, study_name=name, directions=["minimize", "minimize"]
+                )
+                study.set_metric_names(["divergence", "cost"])
+        except optuna.exceptions.DuplicatedStudyError:
+            raise StudyError(f"the study {name!r} exists already in this store") from None
+        except Exception as error:
+            raise StudyError(
+                f"the study store must be writable, but: {_first_line(error)}"
+            ) from None
+        made = cls(storage, study)
+        for key, value in facts.items():
+            made.put(key, value)
+        return made
+
+    @classmethod
+    def load(cls, url: str, name: str) -> Study:
+        """Open a study.
+
+        Raises:
+            StudyError: if there is none of this name; nothing is made.
+        """
+        storage = _open(url, create=False)
+        with _quiet():
+            try:
+                return cls(storage, optuna.load_study(storage=storage, study_name=name))
+            except KeyError:
+                names = sorted(optuna.get_all_study_names(storage))
+        raise StudyError(
+            f"there is no study {name!r} in this store{nearest(name, names)}; "
+            f"there are: {', '.join(names[:8]) or 'none'}"
+        )
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.optuna_study.study_name
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of the study as a whole."""
+        return self.optuna_study.user_attrs
+
+    def put(self, key: str, value: Any) -> None:
+        """Store a fact: anything that JSON can say."""
+        self.optuna_study.set_user_attr(key, value)
+
+    def records(self) -> list[Record]:
+        """All trials by number."""
+        trials = self.optuna_study.get_trials(deepcopy=False)
+        return [_record(trial) for trial in trials if "plan" in trial.user_attrs]
+
+    def add(self, record: Record, space: Space) -> Record:
+        """Store a new trial as running; returns it with its number."""
+        attrs = {
+            "generation": record.generation,
+            "slot": record.slot,
+            "label": record.label,
+            "params": record.params,
+            "plan": record.plan.to_json(),
+            "redrawn": record.redrawn,
+        }
+        params, distributions = _sampled(space, record.params)
+        self.optuna_study.add_trial(
+            create_trial(
+                state=TrialState.RUNNING,
+                params=params,
+                distributions=distributions,
+                user_attrs=attrs,
+            )
+        )
+        return dataclasses.replace(
+            record, number=len(self.optuna_study.get_trials(deepcopy=False)) - 1
+        )
+
+    def store(self, number: int, evaluation: Evaluation) -> None:
+        """Store what an evaluation gave."""
+        key = f"evaluation:{evaluation.images}"
+        self._storage.set_trial_user_attr(self._id(number), key, dataclasses.asdict(evaluation))
+
+    def close(
+        self,
+        number: int,
+        state: str,
+        *,
+        values: tuple[float, float] | None,
+        excess: float,
+        why: str,
+    ) -> None:
+        """End a trial.
+
+        Args:
+            number: of a running trial.
+            state: ``complete``, ``pruned`` or ``failed``.
+            values: divergence and cost; only for a complete trial.
+            excess: relative overrun of the budget, <= 0 if it is met.
+            why: the cause of a state other than complete.
+        """
+        trial_id = self._id(number)
+        if why:
+            self._storage.set_trial_user_attr(trial_id, "why", why)
+        if state == "complete":
+            OptunaTrial(self.optuna_study, trial_id).set_constraint("budget", excess)
+        self.optuna_study.tell(number, values if state == "complete" else None, state=STATES[state])
+
+    def _id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(
+            self.optuna_study._study_id, number
+        )
+
+
+def _record(trial: optuna.trial.FrozenTrial) -> Record:
+    attrs = trial.user_attrs
+    evaluations = [Evaluation(**v) for k, v in attrs.items() if k.startswith("evaluation:")]
+    states = {state: word for word, state in STATES.items()}
+    return Record(
+        number=trial.number,
+        generation=attrs["generation"],
+        slot=attrs["slot"],
+        label=attrs["label"],
+        params=attrs["params"],
+        plan=MergePlan.from_json(attrs["plan"]),
+        evaluations={e.images: e for e in evaluations},
+        state=states.get(trial.state, "running"),
+        why=attrs.get("why", ""),
+        redrawn=attrs["redrawn"],
+    )
+
+
+def _sampled(
+    space: Space, params: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+    """The parameters that were drawn, and what they were drawn from."""
+    kinds = {name: _distribution(kind) for name, kind in space.parameters.items()}
+    drawn = {name: kind for name, kind in kinds.items() if kind is not None and name in params}
+    return {name: params[name] for name in drawn}, drawn
+
+
+def _distribution(kind: Range | Choices) -> BaseDistribution | None:
+    if isinstance(kind, Choices):
+        return CategoricalDistribution(kind.values) if len(kind.values) > 1 else None
+    if kind.low == kind.high:
+        return None
+    if kind.whole:
+        return IntDistribution(int(kind.low), int(kind.high))
+    return FloatDistribution(kind.low, kind.high)
+
+
+class Mirror:
+    """What a sampler sees: the finished trials of earlier generations, in memory.
+
+    Each draw has its own sampler, seeded from (seed, generation, slot, attempt). So a draw
+    depends on finished generations alone: not on workers, nor on an interruption.
+    """
+
+    def __init__(
+        self, space: Space, told: Sequence[tuple[Mapping[str, Any], tuple[float, float]]]
+    ) -> None:
+        self.space = space
+        with _quiet():
+            self._study = optuna.create_study(directions=["minimize", "minimize"])
+        for age, (params, values) in enumerate(told):
+            drawn, distributions = _sampled(space, params)
+            self._study.add_trial(
+                create_trial(
+                    params=drawn,
+                    distributions=distributions,
+                    values=list(values),
+                    # NSGA-II breeds from the generation before; the sampler keeps its number here.
+                    system_attrs={"nsga2:generation": age // max(space.generation, 1)},
+                )
+            )
+
+    def draw(self, seed: int, *, at_random: bool = False) -> dict[str, Any]:
+        """Draw the parameters of one trial."""
+        with _quiet():
+            self._study.sampler = _sampler(
+                "random" if at_random else self.space.sampler, self.space, seed
+            )
+            trial = self._study.ask()
+            params = self.space.draw(trial)
+            self._study.tell(trial, state=TrialState.FAIL)
+        return json.loads(json.dumps(params))  # type: ignore[no-any-return]
+
+
+def _sampler(name: str, space: Space, seed: int) -> BaseSampler:
+    if name == "random":
+        return RandomSampler(seed=seed)
+    if name == "nsga2":
+        return NSGAIISampler(population_size=space.generation, seed=seed)
+    if name == "gp":
+        return GPSampler(seed=seed, n_startup_trials=STARTUP)
+    return TPESampler(seed=seed, multivariate=True, n_startup_trials=STARTUP)
+
+
+STARTUP = 12  # trials at random before a model of the space is trusted

@@ -1,0 +1,177 @@
+"""The library against the loops of ``oracle.py``, image by image."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from oracle import run
+from small_vits import images_for, plan_for, small_vit
+from torch import Tensor, nn
+
+from dsm_tune.merging.merged import merged, trace
+from dsm_tune.merging.published import dsm_plan, tome_plan
+from dsm_tune.plan import Matching, MergePlan
+
+TOLERANCE = 2e-3
+OF_TEN = 9  # a near tie may break differently in two float paths
+
+
+def logits_of(model: nn.Module, plan: MergePlan, images: Tensor) -> Tensor:
+    with torch.no_grad(), merged(model, plan) as fast:
+        return fast(images)
+
+
+def both(model: nn.Module, plan: MergePlan, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of the library and of the oracle."""
+    ours = logits_of(model, plan, images)
+    theirs = torch.stack([torch.from_numpy(run(model, plan, image).logits) for image in images])
+    return ours, theirs
+
+
+def share_that_agrees(ours: Tensor, theirs: Tensor) -> float:
+    return float(((ours - theirs).abs().amax(dim=1) < TOLERANCE).float().mean())
+
+
+def assert_same(model: nn.Module, plan: MergePlan, images: Tensor) -> None:
+    ours, theirs = both(model, plan, images)
+    assert share_that_agrees(ours, theirs) >= OF_TEN / 10, (ours - theirs).abs().amax(dim=1)
+
+
+def divergence(dense: Tensor, logits: Tensor) -> float:
+    kept, lost = dense.log_softmax(dim=1), logits.log_softmax(dim=1)
+    return float((kept.exp() * (kept - lost)).sum(dim=1).mean())
+
+
+@pytest.mark.parametrize("kind", ["class", "distilled", "registers", "avg", "avg_class", "avg_prefix"])
+def test_global_merging_equals_the_oracle_for_every_head_and_prefix(kind: str) -> None:
+    model = small_vit(kind, (14, 14))
+    assert_same(model, tome_plan(model, 23), images_for(model, 10))
+
+
+@pytest.mark.parametrize("kind", ["layerscale", "qk_norm", "pre_norm"])
+def test_global_merging_equals_the_oracle_for_every_sort_of_block(kind: str) -> None:
+    model = small_vit(kind, (13, 17))
+    assert_same(model, tome_plan(model, 31), images_for(model, 10))
+
+
+@pytest.mark.parametrize("quota", ["equal", "free"])
+@pytest.mark.parametrize("position", ["destination", "centroid"])
+@pytest.mark.parametrize(("grid", "window"), [((14, 14), 7), ((13, 17), 5), ((4, 4), 3)])
+def test_local_merging_equals_the_oracle(
+    quota: str, position: str, grid: tuple[int, int], window: int
+) -> None:
+    model = small_vit("class", grid)
+    r = grid[0] * grid[1] // 6
+    plan = dsm_plan(model, r, delay=0, window=window, local_blocks=3)
+    plan = dataclasses.replace(plan, matching=Matching(quota=quota, position=position))
+    assert_same(model, plan, images_for(model, 10))
+
+
+def test_nine_windows_equal_the_oracle() -> None:
+    model = small_vit("class", (24, 24), depth=2)
+    assert_same(model, dsm_plan(model, 100, delay=0, window=8), images_for(model, 4))
+
+
+@pytest.mark.parametrize("feature", ["k", "q", "v", "x", "kv", "k_all", "kv_all"])
+def test_every_feature_equals_the_oracle(feature: str) -> None:
+    model = small_vit("class", (13, 17), depth=3)
+    plan = dataclasses.replace(tome_plan(model, 40), matching=Matching(feature=feature))
+    assert_same(model, plan, images_for(model, 10))
+
+
+@pytest.mark.parametrize("attention", ["class", "received"])
+@pytest.mark.parametrize("window", [None, 7])
+def test_salience_equals_the_oracle(attention: str, window: int | None) -> None:
+    model = small_vit("class", (14, 14), depth=3)
+    steps = [(block, "merge", 30, window) for block in range(3)]
+    plan = plan_for(model, *steps, matching=Matching(salience=0.3, attention=attention))
+    plain = plan_for(model, *steps)
+    images = images_for(model, 10)
+    ours, theirs = both(model, plan, images)
+    assert share_that_agrees(ours, theirs) >= OF_TEN / 10
+    assert share_that_agrees(ours, logits_of(model, plain, images)) < 1
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_size_penalty_equals_the_oracle(window: int | None) -> None:
+    model = small_vit("class", (14, 14), depth=3)
+    steps = [(block, "merge", 40, window) for block in range(3)]
+    plan = plan_for(model, *steps, matching=Matching(size_penalty=0.2))
+    plain = plan_for(model, *steps)
+    images = images_for(model, 10)
+    ours, theirs = both(model, plan, images)
+    assert share_that_agrees(ours, theirs) >= OF_TEN / 10
+    assert share_that_agrees(ours, logits_of(model, plain, images)) < 1
+
+
+@pytest.mark.parametrize("score", ["norm", "class", "received"])
+@pytest.mark.parametrize("feature", ["k", "x"])
+def test_pruning_equals_the_oracle(score: str, feature: str) -> None:
+    model = small_vit("class", (14, 14), depth=3)
+    steps = [(block, "prune", 50, None) for block in range(3)]
+    plan = plan_for(model, *steps, matching=Matching(feature=feature, prune_score=score))
+    assert_same(model, plan, images_for(model, 10))
+
+
+@pytest.mark.parametrize("kind", ["registers", "avg"])
+def test_merging_and_pruning_in_turn_equals_the_oracle(kind: str) -> None:
+    model = small_vit(kind, (14, 14))
+    steps = [(0, "merge", 30, 7), (1, "prune", 20, None), (2, "merge", 20, 8), (3, "prune", 10, None)]
+    assert_same(model, plan_for(model, *steps), images_for(model, 10))
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("kind", ["class", "distilled", "registers"])
+def test_a_prefix_only_last_block_equals_the_oracle(kind: str, proportional: bool) -> None:
+    model = small_vit(kind, (14, 14))
+    steps = [(block, "merge", 40, None) for block in range(3)]
+    plan = plan_for(model, *steps, last_block="prefix", proportional_attention=proportional)
+    assert_same(model, plan, images_for(model, 10))
+
+
+def test_without_proportional_attention_it_equals_the_oracle() -> None:
+    model = small_vit("class", (14, 14))
+    plan = dataclasses.replace(tome_plan(model, 40), proportional_attention=False)
+    assert_same(model, plan, images_for(model, 10))
+
+
+def test_the_trace_is_the_partition_of_the_oracle() -> None:
+    model = small_vit("registers", (14, 14))
+    plan = plan_for(model, (0, "merge", 60, 7), (1, "merge", 30, None), (2, "prune", 9, None))
+    images = images_for(model, 10)
+    origins = trace(model, plan, images)
+    same = 0
+    for i, image in enumerate(images):
+        found = []
+        for origin, tokens in zip(origins, plan.tokens[1:], strict=True):
+            groups: list[set[int]] = [set() for _ in range(tokens)]
+            for original, token in enumerate(origin[i].tolist()):
+                if token >= 0:
+                    groups[token].add(original)
+            found.append([frozenset(group) for group in groups])
+        same += found == run(model, plan, image).members
+    assert same >= OF_TEN
+
+
+def _on_photographs(model: nn.Module, plan: MergePlan, images: Tensor) -> None:
+    ours, theirs = both(model, plan, images)
+    with torch.no_grad():
+        dense = model(images)
+    assert share_that_agrees(ours, theirs) >= OF_TEN / 10, (ours - theirs).abs().amax(dim=1)
+    assert math.isclose(divergence(dense, ours), divergence(dense, theirs), rel_tol=0.05)
+    agreement = [(logits.argmax(1) == dense.argmax(1)).float().mean() for logits in (ours, theirs)]
+    assert abs(agreement[0] - agreement[1]) <= 0.1
+    assert agreement[0] >= 0.8
+
+
+def test_tome_on_deit_tiny_and_photographs_equals_the_oracle(deit_tiny: nn.Module, photos: Tensor) -> None:
+    _on_photographs(deit_tiny, tome_plan(deit_tiny, 13), photos[:12])
+
+
+def test_dsm_on_deit_tiny_and_photographs_equals_the_oracle(deit_tiny: nn.Module, photos: Tensor) -> None:
+    plan = dsm_plan(deit_tiny, 20, delay=2, window=7, local_blocks=3)
+    assert plan.tokens[2:5] == (197, 177, 157)
+    _on_photographs(deit_tiny, plan, photos[:12])

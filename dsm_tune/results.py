@@ -9,7 +9,7 @@ from typing import Any
 
 from dsm_tune.plan import MergePlan
 
-__all__ = ["BudgetReport", "LatencyMs", "Result", "Trial", "TuneResult"]
+__all__ = ["BudgetReport", "Evaluation", "LatencyMs", "Result", "Trial", "TuneResult"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,19 @@ class Result:
         """Read what :meth:`to_dict` wrote."""
         latency = LatencyMs(**body["latency_ms"])
         return cls(**{**body, "latency_ms": latency, "plan": MergePlan.from_dict(body["plan"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation of a plan gave: means over ``images`` search images, or an error."""
+
+    images: int
+    divergence: float | None = None
+    agreement: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+    seconds: float = 0.0
+    error: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

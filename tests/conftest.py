@@ -1,4 +1,4 @@
-"""Shared by all tests: one torch thread, calm Hypothesis settings, and the real model and photographs."""
+"""Shared by all tests: one torch thread, calm Hypothesis settings, a real model, photographs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from PIL import Image
 from torch import Tensor, nn
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -17,8 +18,15 @@ settings.register_profile(
     "dsm_tune",
     deadline=None,  # a first forward is slow
     max_examples=30,
-    derandomize=True,  # a red run is red again; explore with --hypothesis-seed and max_examples
+    derandomize=True,  # a red run is red again; look further with --hypothesis-profile=explore
     suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "explore",
+    settings.get_profile("dsm_tune"),
+    derandomize=False,
+    max_examples=200,
+    print_blob=True,
 )
 settings.load_profile("dsm_tune")
 
@@ -39,19 +47,14 @@ def deit_tiny() -> nn.Module:
 
 @pytest.fixture(scope="session")
 def photos(deit_tiny: nn.Module) -> Tensor:
-    """The photographs of the first 64 rows of labels.csv, as DeiT-Ti wants them: [64, 3, 224, 224]."""
+    """The first 64 photographs of labels.csv, as DeiT-Ti wants them: [64, 3, 224, 224]."""
     listing = SHARED_DATA / "photos" / "labels.csv"
     if not listing.is_file():
         pytest.skip(f"needs the shared photographs, and there is no {listing}")
-    from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
 
     transform = create_transform(**resolve_model_data_config(deit_tiny))
     with listing.open(newline="") as rows:
         names = [row["file"] for row in csv.DictReader(rows)][:64]
-    return torch.stack([transform(_opened(listing.parent / name, Image)) for name in names])
-
-
-def _opened(path: Path, image_module) -> object:
-    with image_module.open(path) as image:
-        return image.convert("RGB")
+    opened = [Image.open(listing.parent / name).convert("RGB") for name in names]
+    return torch.stack([transform(image) for image in opened])

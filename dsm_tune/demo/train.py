@@ -1,7 +1,7 @@
 """Train the demo model: ``python -m dsm_tune.demo.train`` reproduces its weights.
 
 One thread, one seed, no other input than scikit-learn's digits: the same machine and the same
-libraries give the same file, in 9 to 14 minutes on one slow core.
+libraries give the same file, in 14 minutes on one slow, shared core.
 
 Held-out top-1: 100.0 % (398 of 398 images); search split 99.2 % (396 of 399).
 """

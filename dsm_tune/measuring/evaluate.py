@@ -60,8 +60,18 @@ class Evaluator:
         """Outputs of the dense model for the first ``count`` images, or all: [count, K], CPU."""
         wanted = len(self.labels) if count is None else count
         while len(self._dense) * self.batch_size < wanted:
-            self._dense.append(self.model(self._pixels(len(self._dense))).cpu())
+            self._dense.append(self.dense_batch(len(self._dense)))
         return torch.cat(self._dense)[:wanted]
+
+    def know_dense(self, outputs: Tensor) -> None:
+        """Take the dense outputs [N, K] from elsewhere."""
+        self._dense = list(outputs.split(self.batch_size))
+
+    @torch.inference_mode()
+    def dense_batch(self, batch: int) -> Tensor:
+        """Outputs of the dense model for one batch: [batch_size or fewer, K], CPU."""
+        outputs: Tensor = self.model(self._pixels(batch))
+        return outputs.cpu()
 
     @torch.inference_mode()
     def evaluate(self, plan: MergePlan, count: int | None = None) -> PerImage:
@@ -79,7 +89,7 @@ class Evaluator:
     def _outputs(self, plan: MergePlan, batch: int) -> Tensor:
         steps = plan.active_steps
         first = steps[0].block if steps else self.geometry.depth - 1
-        if first > 0 and self.geometry.head != "avg":
+        if first > 0:
             tokens = self._entering(first, batch)
             if tokens is not None:
                 return finish(self.model, plan, tokens, first).cpu()

@@ -20,12 +20,8 @@ from dsm_tune.errors import ModelError
 
 __all__ = ["FREE", "PRODUCTS", "count_macs"]
 
-PRODUCTS = frozenset(
-    f"aten::{name}"
-    for name in (
-        "_convolution addmm addmv bmm einsum linear lstm matmul scaled_dot_product_attention".split()
-    )
-)
+_COUNTED = "_convolution addmm addmv bmm einsum linear lstm matmul scaled_dot_product_attention"
+PRODUCTS = frozenset(f"aten::{name}" for name in _COUNTED.split())
 
 # Operators that cost no multiply-add by our definition, each with the reason. Those to which
 # torchprofile itself gives no cost need no entry.
@@ -59,7 +55,9 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
     if image.ndim != 4 or len(image) != 1:
         raise ModelError(f"image must have the shape [1, 3, H, W], but got {list(image.shape)}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer warns of Python values; the shape is fixed here
+        warnings.simplefilter(
+            "ignore"
+        )  # the tracer warns of Python values; the shape is fixed here
         graph = trace(model, image)
     return sum(_macs_of(node) for node in graph.nodes)
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import timm
-import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
@@ -53,7 +51,9 @@ def read_geometry(model: nn.Module) -> Geometry:
         raise _refusal(model, f"its patch embedding is a {type(convolution).__name__} stem")
     height, width = convolution.kernel_size
     if height != width or convolution.in_channels != 3:
-        raise _refusal(model, f"its patches are {convolution.in_channels}×{height}×{width}, not 3×P×P")
+        raise _refusal(
+            model, f"its patches are {convolution.in_channels}×{height}×{width}, not 3×P×P"
+        )
     block = parts.blocks[0]
     mlp = block.mlp
     return Geometry(
@@ -79,14 +79,17 @@ def _refusal(model: nn.Module, reason: str) -> ModelError:
 
 
 def _check_blocks(model: Any) -> None:
-    for index, block in enumerate(nn.Sequential.__iter__(model.blocks)):
+    blocks: list[Any] = list(nn.Sequential.__iter__(model.blocks))
+    for index, block in enumerate(blocks):
         if type(block) is not Block:
             raise _refusal(model, f"block {index} is a {type(block).__name__}")
         if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
             raise _refusal(model, f"block {index} has an attention of its own kind")
         if block.attn.attn_dim != model.embed_dim:
             raise _refusal(model, f"the heads of block {index} do not add up to its width")
-        if not all(isinstance(getattr(block.mlp, name, None), nn.Linear) for name in ("fc1", "fc2")):
+        if not all(
+            isinstance(getattr(block.mlp, name, None), nn.Linear) for name in ("fc1", "fc2")
+        ):
             raise _refusal(model, f"block {index} has a {type(block.mlp).__name__} MLP")
     if getattr(model, "grad_checkpointing", False):
         raise _refusal(model, "gradient checkpointing is on")
@@ -145,7 +148,9 @@ def attend_prefix(block: Block, x: Tensor, log_size: Tensor | None, prefix: int)
     q = F.linear(normed[:, :prefix], weight[:width], q_bias)
     kv = F.linear(normed, weight[width:], kv_bias)
     q = q.reshape(batch, prefix, attn.num_heads, attn.head_dim).transpose(1, 2)
-    k, v = kv.reshape(batch, count, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    k, v = (
+        kv.reshape(batch, count, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    )
     parts = Projections(attn.q_norm(q), attn.k_norm(k), v, attn.scale)
     return x[:, :prefix] + _attention_output(block, parts, log_size)
 

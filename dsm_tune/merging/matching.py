@@ -147,10 +147,16 @@ def merge(tokens: Tokens, choice: Choice, prefix: int, centroid: bool = False) -
     Returns:
         N - r tokens: prefix, even tokens that stayed, odd tokens.
     """
-    size = torch.ones_like(tokens.x[..., 0], dtype=torch.float32) if tokens.size is None else tokens.size
+    size = (
+        torch.ones_like(tokens.x[..., 0], dtype=torch.float32)
+        if tokens.size is None
+        else tokens.size
+    )
     even_size, odd_size = halves(size, prefix)
     slot = torch.arange(odd_size.shape[1], device=size.device).view(1, -1, 1)
-    arriving = (choice.destination.unsqueeze(1) == slot) * even_size.gather(1, choice.source).unsqueeze(1)
+    arriving = (choice.destination.unsqueeze(1) == slot) * even_size.gather(
+        1, choice.source
+    ).unsqueeze(1)
     total = odd_size + arriving.sum(dim=2)
     stays, joins = (odd_size / total).unsqueeze(2), arriving / total.unsqueeze(2)
 
@@ -162,7 +168,9 @@ def merge(tokens: Tokens, choice: Choice, prefix: int, centroid: bool = False) -
 
     place = tokens.place
     if place is not None:
-        place = mean(place) if centroid else _join(place, choice.kept, halves(place, prefix)[1], prefix)
+        place = (
+            mean(place) if centroid else _join(place, choice.kept, halves(place, prefix)[1], prefix)
+        )
     kept_size = torch.cat([size[:, :prefix], even_size.gather(1, choice.kept), total], dim=1)
     origin = None
     if tokens.origin is not None:

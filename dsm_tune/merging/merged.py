@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from dsm_tune.merging import backbone, matching, scores
 from dsm_tune.merging.matching import Tokens
 from dsm_tune.plan import MergePlan, Step
 
-__all__ = ["MergedBlocks", "apply", "finish", "merged", "trace"]
+__all__ = ["MergedBlocks", "apply", "finish", "merged", "merged_view", "trace"]
 
 
 class MergedBlocks(nn.Sequential):
@@ -33,7 +34,9 @@ class MergedBlocks(nn.Sequential):
         self.pooled_from = 0
         if plan.matching.feature == "random":
             for step in self.steps.values():
-                self.register_buffer(_random_name(step), _random_feature(plan, step), persistent=False)
+                self.register_buffer(
+                    _random_name(step), _random_feature(plan, step), persistent=False
+                )
 
     def forward(self, x: Tensor) -> Tensor:
         """Run all blocks: [B, N, C] to what the model goes on with."""
@@ -95,14 +98,20 @@ class MergedBlocks(nn.Sequential):
         if step.kind == "prune" and received is not None:
             return matching.prune(tokens, received[:, prefix:], step.r, prefix)
         if options.feature == "random":
-            feature = getattr(self, _random_name(step)).to(tokens.x.dtype).expand(tokens.x.shape[0], -1, -1)
+            feature = (
+                getattr(self, _random_name(step))
+                .to(tokens.x.dtype)
+                .expand(tokens.x.shape[0], -1, -1)
+            )
         else:
             feature = scores.feature_of(options.feature, tokens.x, parts)
         if step.kind == "prune":
             return matching.prune(tokens, feature[:, prefix:].float().norm(dim=-1), step.r, prefix)
         return self._merge(tokens, step, feature, received)
 
-    def _merge(self, tokens: Tokens, step: Step, feature: Tensor, received: Tensor | None) -> Tokens:
+    def _merge(
+        self, tokens: Tokens, step: Step, feature: Tensor, received: Tensor | None
+    ) -> Tokens:
         options, prefix = self.plan.matching, self.plan.geometry.prefix
         pairs = matching.similarity(feature, prefix)
         if options.size_penalty and tokens.size is not None:
@@ -170,9 +179,11 @@ def apply(model: nn.Module, plan: MergePlan) -> Callable[[], None]:
         raise PlanError(f"the plan is for {plan.geometry}, but the model has {geometry}")
     blocks, patch_dropping = parts.blocks, getattr(parts.patch_drop, "prob", 0.0)
     if patch_dropping and model.training:
-        raise ModelError("a merged model must not drop patches, but patch_drop_rate is set; use eval()")
+        raise ModelError(
+            "a merged model must not drop patches, but patch_drop_rate is set; use eval()"
+        )
     merged_blocks = MergedBlocks(blocks, plan)
-    merged_blocks.training = blocks.training  # not train(), which would set the blocks' own modes too
+    merged_blocks.training = blocks.training  # train() would set the mode of every block too
     device = next(model.parameters()).device
     for name, buffer in merged_blocks.named_buffers(recurse=False):
         setattr(merged_blocks, name, buffer.to(device))
@@ -216,6 +227,15 @@ def merged(model: nn.Module, plan: MergePlan) -> Iterator[nn.Module]:
         yield model
     finally:
         restore()
+
+
+def merged_view(model: nn.Module, plan: MergePlan) -> nn.Module:
+    """Return a second model that shares all weights with ``model`` and is under a plan for good."""
+    view = copy.copy(model)
+    view._modules = dict(model._modules)
+    view._modules["norm"] = copy.copy(model._modules["norm"])  # `apply` may change how it is called
+    apply(view, plan)
+    return view
 
 
 def finish(model: nn.Module, plan: MergePlan, x: Tensor, first: int) -> Tensor:

@@ -35,7 +35,9 @@ def feature_of(kind: str, x: Tensor, parts: Projections) -> Tensor:
         pair = parts.k.mean(dim=1), parts.v.mean(dim=1)
     else:
         pair = parts.k.transpose(1, 2).flatten(2), parts.v.transpose(1, 2).flatten(2)
-    return torch.cat([F.normalize(half.float(), dim=-1, eps=1e-6).to(x.dtype) for half in pair], dim=2)
+    return torch.cat(
+        [F.normalize(half.float(), dim=-1, eps=1e-6).to(x.dtype) for half in pair], dim=2
+    )
 
 
 def attention_to(kind: str, parts: Projections, log_size: Tensor | None) -> Tensor:

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from dsm_tune.errors import ImagesError
 from dsm_tune.merging.backbone import read_geometry
 
-__all__ = ["delay_stability", "detect_delay", "find_transition", "similarity_curve", "similarity_curves"]
+__all__ = [
+    "delay_stability",
+    "detect_delay",
+    "find_transition",
+    "similarity_curve",
+    "similarity_curves",
+]
 
 SWING = 0.25  # a rise or fall counts from this share of the curve's range on; dips below are noise
 
@@ -32,7 +38,10 @@ def similarity_curve(model: nn.Module, images: Tensor, *, batch_size: int = 32) 
         ModelError: if the model's tokens cannot be merged.
         ImagesError: if ``images`` has another shape.
     """
-    return [float(value) for value in similarity_curves(model, images, batch_size=batch_size).mean(dim=0)]
+    return [
+        float(value)
+        for value in similarity_curves(model, images, batch_size=batch_size).mean(dim=0)
+    ]
 
 
 @torch.no_grad()
@@ -123,7 +132,9 @@ def detect_delay(curve: Sequence[float]) -> int:
         ImagesError: if the curve is empty or holds a number that is not finite.
     """
     if not len(curve) or any(not -torch.inf < value < torch.inf for value in curve):
-        raise ImagesError(f"a similarity curve must hold finite numbers, but got {list(curve)!r:.80}")
+        raise ImagesError(
+            f"a similarity curve must hold finite numbers, but got {list(curve)!r:.80}"
+        )
     transition = find_transition(curve)
     return round(len(curve) / 6) if transition is None else transition
 

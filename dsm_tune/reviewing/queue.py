@@ -193,5 +193,5 @@ class TrackingQueue:
     def _report(self, error: Exception) -> None:
         if self.error:
             return
-        self.error = redact(" ".join(str(error).split())[:300]) or type(error).__name__
+        self.error = redact(" ".join(str(error).split()))[:300] or type(error).__name__
         self._warn(f"MLflow is not up to date (no result is lost): {self.error}")

@@ -146,7 +146,7 @@ def _study(result: TuneResult, trials: Sequence[Trial]) -> str:
         f"<tr><td>{_safe(key)}</td><td class=words>{_safe(value)}</td></tr>" for key, value in pairs
     )
     failed = [trial for trial in trials if trial.state == "failed"]
-    causes = "".join(f"<li>trial {t.number}: {_safe(t.why)}</li>" for t in failed[:20])
+    causes = "".join(f"<li>trial {t.number}: {_safe(redact(t.why))}</li>" for t in failed[:20])
     more = f"<p><small>Failed:</small></p><ul>{causes}</ul>" if failed else ""
     return f"<h2>The study</h2><div class='wide'><table>{lines}</table></div>{more}"
 
@@ -200,10 +200,12 @@ def _columns(trial: Trial) -> dict[str, Any]:
 
 
 def _cell(value: object) -> object:
-    """A text that begins like a formula is not to be run by a spreadsheet."""
+    """Text without secrets, which a spreadsheet does not take for a formula."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
+    if not isinstance(value, str):
+        return value
+    return redact(f"'{value}" if value.startswith(("=", "+", "-", "@")) else value)
 
 
 def _name(trial: int | None) -> str:

@@ -107,7 +107,7 @@ def connect(uri: str) -> Any:
 def unusable(uri: str, error: BaseException) -> StudyError:
     """Return the one-line error for a store that MLflow cannot use, without its secrets."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    cause = redact(f"{type(error).__name__}: {lines[0] if lines else ''}"[:300])
+    cause = redact(f"{type(error).__name__}: {lines[0] if lines else ''}")[:200]  # in this order
     return StudyError(f"the MLflow store must be reachable, but {redact(uri)} gave {cause}")
 
 

@@ -10,7 +10,7 @@ from dsm_tune.errors import BudgetError
 from dsm_tune.plan import Geometry, Matching, MergePlan, Step
 from dsm_tune.schedules import spread_evenly
 
-__all__ = ["Cost", "Limit", "Limits", "Shape", "fit", "parse_limit", "published_shapes"]
+__all__ = ["Cost", "Limit", "Limits", "Shape", "cheapest", "fit", "parse_limit", "published_shapes"]
 
 LATENCY_STATS = ("p50", "p90", "p99")
 REBOUND = 0.7  # as more tokens leave, no staircase climbs back from below this share of a cost
@@ -75,11 +75,14 @@ class Limits:
         gmacs: giga multiply-adds per image.
         ms: milliseconds per forward.
         drop: points of top-1 (labels) or of agreement (no labels) that may be lost.
+        ms_share: what ``ms`` was given as, if it was a share of the dense model's latency; then
+            it is judged on ratios that were measured in one run.
     """
 
     gmacs: float | None = None
     ms: float | None = None
     drop: float | None = None
+    ms_share: float | None = None
 
     def admit(self, cost: Cost, share: float = 1.0) -> bool:
         """Whether a cost is within ``share`` of every bound."""
@@ -141,6 +144,7 @@ def fit(
     *,
     share: float = 1.0,
     model: str = "",
+    spend: Callable[[Cost], float] | None = None,
 ) -> MergePlan | None:
     """Return the plan of a shape that comes closest to the limits without exceeding them.
 
@@ -155,10 +159,12 @@ def fit(
         cost_of: predicts the cost of a plan.
         share: of the limits that may be used, in (0, 1].
         model: label of the plan.
+        spend: the cost that is to come close to its limit; the limits' own objective if ``None``.
 
     Returns:
         The plan, or ``None`` where no plan of this shape is within the limits.
     """
+    spend = spend or limits.objective
     best, best_cost, removed = None, -math.inf, None
     # A block that is asked for more than it has gives what it has, so that totals above the number
     # of tokens still change a plan, until every block is asked for all.
@@ -168,12 +174,26 @@ def fit(
         if plan.removed == removed:
             continue
         removed, cost = plan.removed, cost_of(plan)
-        objective = limits.objective(cost)
+        objective = spend(cost)
         if limits.admit(cost, share) and objective > best_cost:
             best, best_cost = plan, objective
         if objective < REBOUND * best_cost:
             break
     return best
+
+
+def cheapest(
+    shape: Shape,
+    geometry: Geometry,
+    limits: Limits,
+    cost_of: Callable[[MergePlan], Cost],
+    *,
+    model: str = "",
+) -> MergePlan:
+    """Return the plan of a shape with the least predicted cost, whatever the limits are."""
+    most = geometry.patches * sum(share > 0 for share in shape.shares)
+    plans = (shape.plan(geometry, total, model) for total in range(most + 1))
+    return min(plans, key=lambda plan: limits.objective(cost_of(plan)))
 
 
 def published_shapes(geometry: Geometry, delay: int) -> dict[str, Shape]:

@@ -14,8 +14,7 @@ import os
 import signal
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,16 +23,16 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
+from ray.util import ActorPool
 
 from dsm_tune.errors import ConfigError
-from dsm_tune.plan import MergePlan
+from dsm_tune.results import Evaluation
 from dsm_tune.searching.search import Job, Search
-from dsm_tune.searching.study import Evaluation
+from dsm_tune.searching.worker import Evaluate, Worker
 
-__all__ = ["Cluster", "run_search"]
+__all__ = ["Cluster", "Crew", "connected", "run_alone", "run_search"]
 
 RERUNS = 2  # of a job whose worker died
-Evaluate = Callable[[MergePlan, int], Evaluation]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,9 @@ def connected(cluster: Cluster) -> Iterator[None]:
     except Exception as error:  # Ray raises many kinds: refused, timed out, another version
         where = cluster.address or "this machine"
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"--ray-address must be a Ray cluster that answers: {where}: {line[:200]}") from None
+        raise ConfigError(
+            f"--ray-address must be a Ray cluster that answers: {where}: {line[:200]}"
+        ) from None
     try:
         yield
     finally:
@@ -155,54 +156,26 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
             cause = f"its worker died {self.deaths[key]} times"
             self.search.report(job, Evaluation(job.images, error=cause))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Ray pickles its searcher to restore from; a study is resumed from its storage
+
     def save(self, checkpoint_path: str) -> None:
         """Write nothing: all that counts is in the study's storage."""
         Path(checkpoint_path).touch()
 
 
-class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
-    """A warm process that evaluates one plan after the other."""
+class _Deadline(tune.Callback):  # type: ignore[misc]  # Ray ships no types
+    """Ends a search when its time is up."""
 
-    def setup(
-        self, config: dict[str, Any], make_evaluate: Any = None, trial_seconds: float = 600.0
-    ) -> None:
-        """Build the evaluator once."""
-        self.job = config
-        self.trial_seconds = trial_seconds
-        self.evaluate: Evaluate = make_evaluate()
+    def __init__(self, search: Search, is_over: Callable[[], bool]) -> None:
+        self.search, self.is_over = search, is_over
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next job without a new process."""
-        self.job = new_config
-        return True
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if not self.search.stopped and self.is_over():
+            self.search.stop("time limit reached")
 
-    def step(self) -> dict[str, Any]:
-        """Evaluate one plan; its own errors are a result."""
-        images = self.job["images"]
-        watchdog = threading.Timer(self.trial_seconds, _end_process)
-        watchdog.daemon = True
-        watchdog.start()
-        start = time.monotonic()
-        try:
-            evaluation = self.evaluate(MergePlan.from_json(self.job["plan"]), images)
-        except Exception as error:  # a trial's own failure must not end the search
-            line = (str(error).strip().splitlines() or [""])[0][:300]
-            evaluation = Evaluation(images, error=f"{type(error).__name__}: {line}")
-        finally:
-            watchdog.cancel()
-        seconds = time.monotonic() - start
-        timed = dataclasses.replace(evaluation, seconds=seconds)
-        return {"evaluation": json.dumps(dataclasses.asdict(timed)), "done": True}
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing to save."""
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing to load."""
-
-
-def _end_process() -> None:
-    os._exit(70)  # a forward that hangs cannot be interrupted from Python
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # pickled with the searcher, and as little needed
 
 
 @contextlib.contextmanager
@@ -243,11 +216,6 @@ def run_search(
     if search.finished:
         return
 
-    class Deadline(tune.Callback):  # type: ignore[misc]  # Ray ships no types
-        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-            if not search.stopped and deadline():
-                search.stop("time limit reached")
-
     trainable = tune.with_parameters(
         Worker, make_evaluate=make_evaluate, trial_seconds=cluster.trial_seconds
     )
@@ -268,7 +236,7 @@ def run_search(
                 name="search",
                 storage_path=folder,
                 verbose=0,
-                callbacks=[Deadline()],
+                callbacks=[_Deadline(search, deadline)],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=0),
                 log_to_file=False,
@@ -277,3 +245,40 @@ def run_search(
         tuner.fit()
     if jobs.failure is not None:
         raise jobs.failure
+
+
+def run_alone(function: Callable[..., Any], *arguments: Any, cpus: int, gpus: float = 0.0) -> Any:
+    """Call a function in a fresh process with nothing else running beside it; returns its result."""
+
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1)
+    def call(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    return ray.get(call.remote(*arguments))
+
+
+class Crew:
+    """Processes that keep what they have made between calls.
+
+    Args:
+        make: called once in each process; pickled by Ray.
+        cluster: how many processes, and their share of a GPU.
+    """
+
+    def __init__(self, make: Callable[[], Any], cluster: Cluster) -> None:
+        # No CPU is reserved: between calls these processes wait while trials run.
+        member = ray.remote(num_cpus=0, num_gpus=cluster.gpus_per_worker / 2)(_Member)
+        shared = ray.put(make)
+        self._pool = ActorPool([member.remote(shared) for _ in range(cluster.workers)])
+
+    def map(self, function: Callable[[Any, Any], Any], items: Sequence[Any]) -> list[Any]:
+        """Call ``function(made, item)`` for each item; results in order."""
+        return list(self._pool.map(lambda actor, item: actor.call.remote(function, item), items))
+
+
+class _Member:
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.made = make()
+
+    def call(self, function: Callable[[Any, Any], Any], item: Any) -> Any:
+        return function(self.made, item)

@@ -10,12 +10,14 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from dsm_tune.plan import Geometry, MergePlan
-from dsm_tune.searching.budget import Cost, Limits, fit, published_shapes
+from dsm_tune.results import Evaluation
+from dsm_tune.searching.budget import Cost, Limits, Shape, cheapest, fit, published_shapes
 from dsm_tune.searching.pareto import hypervolume, non_dominated, ranks
 from dsm_tune.searching.space import Space, build
-from dsm_tune.searching.study import Evaluation, Mirror, Record, Study, derive_seed
+from dsm_tune.searching.study import Mirror, Record, Study, derive_seed
 
 __all__ = ["Job", "Planner", "Progress", "Search"]
 
@@ -39,38 +41,65 @@ class Planner:
         space: bound to the model.
         geometry: of the model.
         delay: D as detected.
-        limits: the budget.
+        limits: the budget; what is within it is feasible.
+        targets: what plans are fitted to: the limits, less a margin for what predictions miss;
+            where the dense model fits, less than its own GMACs, or there would be nothing to find.
         cost_of: predicts the cost of a plan.
         model: label of the plans.
+        by_gmacs: fit plans to the GMACs of ``targets``, also where latency is bounded.
     """
 
     space: Space
     geometry: Geometry
     delay: int
     limits: Limits
+    targets: Limits
     cost_of: Callable[[MergePlan], Cost]
     model: str
+    by_gmacs: bool = False
 
-    def build(self, params: Mapping[str, object]) -> MergePlan | None:
+    def build(self, params: Mapping[str, Any]) -> MergePlan | None:
         """The plan of some parameters, or ``None`` where none of that shape meets the budget."""
         shape = build(params, self.geometry, self.delay)
+        return self.fit(shape, share=params["cost_share"])
+
+    def fit(self, shape: Shape, share: float = 1.0) -> MergePlan | None:
+        """The plan of a shape that comes closest to the targets."""
         return fit(
             shape,
             self.geometry,
-            self.limits,
+            self.targets,
             self.cost_of,
-            share=float(params["cost_share"]),  # type: ignore[arg-type]
+            share=share,
             model=self.model,
+            spend=(lambda cost: cost.gmacs) if self.by_gmacs else None,
         )
 
     def known(self) -> dict[str, MergePlan]:
-        """What is known before a search, by label: dense, and what was published, fitted."""
+        """What is known before a search, by label: dense, and what was published, fitted.
+
+        Where ToMe or DSM cannot meet the budget, the plan of theirs that comes closest is taken.
+        """
         plans = {"dense": MergePlan(self.model, self.geometry)}
         for label, shape in published_shapes(self.geometry, self.delay).items():
-            plan = fit(shape, self.geometry, self.limits, self.cost_of, model=self.model)
+            plan = self.fit(shape)
+            if plan is None and label in ("tome", "dsm"):
+                plan = cheapest(shape, self.geometry, self.limits, self.cost_of, model=self.model)
             if plan is not None:
                 plans[label] = plan
         return plans
+
+    def fastest(self) -> MergePlan:
+        """The plan with the least predicted cost of all shapes that are known before the search."""
+        shapes = list(published_shapes(self.geometry, self.delay).values())
+        for point in self.space.enqueued:
+            shapes.append(build(self.space.complete(point), self.geometry, self.delay))
+        plans = [MergePlan(self.model, self.geometry)]
+        for shape in shapes:
+            plans.append(
+                cheapest(shape, self.geometry, self.limits, self.cost_of, model=self.model)
+            )
+        return min(plans, key=lambda plan: self.limits.objective(self.cost_of(plan)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,14 +265,16 @@ class Search:
     def _known_records(self) -> list[Record]:
         found: list[Record] = []
         digests = set()
-        points = [(label, {}, plan) for label, plan in self.planner.known().items()]
+        points: list[tuple[str, dict[str, Any], MergePlan | None]] = [
+            (label, {}, plan) for label, plan in self.planner.known().items()
+        ]
         for index, point in enumerate(self.planner.space.enqueued):
             params = self.planner.space.complete(point)
-            points.append((f"enqueued-{index}", params, self.planner.build(params)))  # type: ignore[arg-type]
+            points.append((f"enqueued-{index}", params, self.planner.build(params)))
         for label, known_params, plan in points:
             if plan is not None and plan.digest not in digests:
                 digests.add(plan.digest)
-                found.append(Record(-1, 0, len(found), label, dict(known_params), plan))
+                found.append(Record(-1, 0, len(found), label, known_params, plan))
         return found
 
     def _draw(self, mirror: Mirror, generation: int, slot: int) -> Record | None:

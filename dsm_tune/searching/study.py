@@ -31,28 +31,16 @@ from optuna.trial import TrialState, create_trial
 
 from dsm_tune.errors import StudyError, nearest
 from dsm_tune.plan import MergePlan
+from dsm_tune.results import Evaluation
 from dsm_tune.searching.space import Choices, Range, Space
 
-__all__ = ["Evaluation", "Mirror", "Record", "Study", "derive_seed", "study_names"]
+__all__ = ["Mirror", "Record", "Study", "derive_seed", "study_names"]
 
 STATES = {
     "complete": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,
     "failed": TrialState.FAIL,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What one evaluation of a plan gave: means over ``images`` search images, or an error."""
-
-    images: int
-    divergence: float | None = None
-    agreement: float | None = None
-    top1: float | None = None
-    top5: float | None = None
-    seconds: float = 0.0
-    error: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

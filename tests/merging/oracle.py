@@ -1,8 +1,8 @@
-"""Delayed spatial merging once more, one image at a time, in plain loops, from method.md's formulas.
+"""Delayed spatial merging once more: one image at a time, in plain loops, from the formulas.
 
-Nothing of ``dsm_tune`` is imported: a plan is read as data, r is clamped here, tokens carry the set of
-original tokens they hold (its length is the size), and attention is written out. Of timm only the
-leaves (linear layers, norms) of a block are called. Slow, and meant to be.
+Nothing of ``dsm_tune`` is imported: a plan is read as data, r is clamped here, tokens carry the set
+of original tokens they hold (its length is the size), and attention is written out. Of timm only
+the leaves (linear layers, norms) of a block are called. Slow, and meant to be.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ def _tensor(tokens: list[Token]) -> torch.Tensor:
     return torch.from_numpy(np.stack([token.x for token in tokens]))[None]
 
 
-def _attend(block: Any, tokens: list[Token], bias: np.ndarray, queries: int) -> tuple[np.ndarray, Any]:
-    """x + Attn(norm1(x)) in place; returns the attention [H, queries, N] and (q, k, v), [H, N, d] each."""
+def _attend(
+    block: Any, tokens: list[Token], bias: np.ndarray, queries: int
+) -> tuple[np.ndarray, Any]:
+    """x + Attn(norm1(x)) in place; returns the attention [H, queries, N] and (q, k, v) per head."""
     attn = block.attn
     qkv = attn.qkv(block.norm1(_tensor(tokens)))[0]
     width = qkv.shape[1] // 3
@@ -82,16 +84,16 @@ def _attend(block: Any, tokens: list[Token], bias: np.ndarray, queries: int) -> 
     attention, outputs, parts = [], [], []
     for head in range(attn.num_heads):
         channels = slice(head * d, (head + 1) * d)
-        q = attn.q_norm(qkv[:, :width][:, channels]).numpy()
-        k = attn.k_norm(qkv[:, width : 2 * width][:, channels]).numpy()
-        v = qkv[:, 2 * width :][:, channels].numpy()
-        logits = q[:queries] @ k.T / math.sqrt(d) + bias
+        q = attn.q_norm(qkv[:, :width][:, channels])
+        k = attn.k_norm(qkv[:, width : 2 * width][:, channels])
+        v = qkv[:, 2 * width :][:, channels]
+        logits = (q[:queries] @ k.T).numpy() / math.sqrt(d) + bias
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         weights = weights / weights.sum(axis=1, keepdims=True)
         attention.append(weights)
-        outputs.append(weights @ v)
-        parts.append((q, k, v))
-    mixed = torch.from_numpy(np.concatenate(outputs, axis=1))[None]
+        outputs.append(torch.from_numpy(weights) @ v)
+        parts.append((q.numpy(), k.numpy(), v.numpy()))
+    mixed = torch.cat(outputs, dim=1)[None]
     update = block.ls1(attn.proj(attn.norm(mixed)))[0].numpy()
     for token, change in zip(tokens[:queries], update, strict=True):
         token.x = token.x + change
@@ -122,7 +124,9 @@ def _feature(tokens: list[Token], kind: str, parts: Any, i: int) -> np.ndarray:
 
 def _received(kind: str, attention: np.ndarray, i: int) -> float:
     """Attention that token i receives from the class token, or from all tokens on average."""
-    return float(np.mean([head[0, i] if kind == "class" else head[:, i].mean() for head in attention]))
+    return float(
+        np.mean([head[0, i] if kind == "class" else head[:, i].mean() for head in attention])
+    )
 
 
 def _same_window(a: Token, b: Token, window: int) -> bool:

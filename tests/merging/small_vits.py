@@ -30,7 +30,9 @@ PATCH = 2
 
 
 @functools.lru_cache(maxsize=64)
-def small_vit(kind: str = "class", grid: tuple[int, int] = (4, 4), depth: int = 4) -> VisionTransformer:
+def small_vit(
+    kind: str = "class", grid: tuple[int, int] = (4, 4), depth: int = 4
+) -> VisionTransformer:
     """A small ViT in eval mode: width 16, 2 heads, 5 classes; the same weights each time."""
     build = VisionTransformerDistilled if kind == "distilled" else VisionTransformer
     options = {"embed_dim": 16, "num_heads": 2, "mlp_ratio": 2.0, "num_classes": 5, **KINDS[kind]}
@@ -50,7 +52,7 @@ def small_vit(kind: str = "class", grid: tuple[int, int] = (4, 4), depth: int = 
 
 
 def images_for(model: VisionTransformer, count: int = 2, seed: int = 0) -> Tensor:
-    """Random images of the model's size: smooth in space, so that neighbours resemble each other."""
+    """Random images of the model's size, smooth in space: neighbours resemble each other."""
     rows, columns = model.patch_embed.img_size
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 1 + rows // 6, 1 + columns // 6, generator=generator)
@@ -58,7 +60,9 @@ def images_for(model: VisionTransformer, count: int = 2, seed: int = 0) -> Tenso
     return smooth + 0.3 * torch.randn(count, 3, rows, columns, generator=generator)
 
 
-def plan_for(model: VisionTransformer, *steps: tuple[int, str, int, int | None], **options: Any) -> MergePlan:
+def plan_for(
+    model: VisionTransformer, *steps: tuple[int, str, int, int | None], **options: Any
+) -> MergePlan:
     """A plan from (block, kind, r, window) rows."""
     return MergePlan("", read_geometry(model), tuple(Step(*step) for step in steps), **options)
 

@@ -45,7 +45,9 @@ def divergence(dense: Tensor, logits: Tensor) -> float:
     return float((kept.exp() * (kept - lost)).sum(dim=1).mean())
 
 
-@pytest.mark.parametrize("kind", ["class", "distilled", "registers", "avg", "avg_class", "avg_prefix"])
+@pytest.mark.parametrize(
+    "kind", ["class", "distilled", "registers", "avg", "avg_class", "avg_prefix"]
+)
 def test_global_merging_equals_the_oracle_for_every_head_and_prefix(kind: str) -> None:
     model = small_vit(kind, (14, 14))
     assert_same(model, tome_plan(model, 23), images_for(model, 10))
@@ -119,8 +121,21 @@ def test_pruning_equals_the_oracle(score: str, feature: str) -> None:
 @pytest.mark.parametrize("kind", ["registers", "avg"])
 def test_merging_and_pruning_in_turn_equals_the_oracle(kind: str) -> None:
     model = small_vit(kind, (14, 14))
-    steps = [(0, "merge", 30, 7), (1, "prune", 20, None), (2, "merge", 20, 8), (3, "prune", 10, None)]
+    steps = [
+        (0, "merge", 30, 7),
+        (1, "prune", 20, None),
+        (2, "merge", 20, 8),
+        (3, "prune", 10, None),
+    ]
     assert_same(model, plan_for(model, *steps), images_for(model, 10))
+
+
+@pytest.mark.parametrize("position", ["destination", "centroid"])
+def test_windows_after_pruning_equal_the_oracle(position: str) -> None:
+    model = small_vit("class", (13, 17))
+    steps = [(0, "prune", 90, None), (1, "merge", 30, 5), (3, "merge", 20, 6)]
+    plan = plan_for(model, *steps, matching=Matching(position=position))
+    assert_same(model, plan, images_for(model, 10))
 
 
 @pytest.mark.parametrize("proportional", [True, False])
@@ -167,11 +182,15 @@ def _on_photographs(model: nn.Module, plan: MergePlan, images: Tensor) -> None:
     assert agreement[0] >= 0.8
 
 
-def test_tome_on_deit_tiny_and_photographs_equals_the_oracle(deit_tiny: nn.Module, photos: Tensor) -> None:
+def test_tome_on_deit_tiny_and_photographs_equals_the_oracle(
+    deit_tiny: nn.Module, photos: Tensor
+) -> None:
     _on_photographs(deit_tiny, tome_plan(deit_tiny, 13), photos[:12])
 
 
-def test_dsm_on_deit_tiny_and_photographs_equals_the_oracle(deit_tiny: nn.Module, photos: Tensor) -> None:
+def test_dsm_on_deit_tiny_and_photographs_equals_the_oracle(
+    deit_tiny: nn.Module, photos: Tensor
+) -> None:
     plan = dsm_plan(deit_tiny, 20, delay=2, window=7, local_blocks=3)
     assert plan.tokens[2:5] == (197, 177, 157)
     _on_photographs(deit_tiny, plan, photos[:12])

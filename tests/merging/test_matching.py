@@ -50,7 +50,9 @@ def cases(draw: st.DrawFn, most: int = 40) -> Case:
     patches = min(grid[0] * grid[1], most)
     x = torch.randn(batch, prefix + patches, 6, generator=generator)
     at = torch.arange(patches)
-    place = torch.cat([torch.zeros(prefix, 2), torch.stack([at // grid[1], at % grid[1]], 1).float()])
+    place = torch.cat(
+        [torch.zeros(prefix, 2), torch.stack([at // grid[1], at % grid[1]], 1).float()]
+    )
     origin = torch.arange(prefix + patches).repeat(batch, 1)
     tokens = Tokens(x, None, place.expand(batch, -1, -1), origin)
     if draw(st.booleans()):
@@ -197,7 +199,7 @@ def test_equal_quotas_differ_by_at_most_one_unless_a_window_is_exhausted(
     for image in range(len(even)):
         there = set(odd[image].tolist())
         capacity = Counter(t for t in even[image].tolist() if t in there)
-        taken: Counter[float] = Counter({t: 0 for t in capacity})
+        taken: Counter[float] = Counter(dict.fromkeys(capacity, 0))
         for a, b in zip(choice.source[image], choice.destination[image], strict=True):
             if even[image, a] == odd[image, b]:
                 taken[float(even[image, a])] += 1
@@ -288,7 +290,9 @@ def test_an_image_alone_merges_as_in_a_batch(case: Case) -> None:
     together = merge(case.tokens, _choose(case.tokens, case.prefix, case.r), case.prefix)
     size = case.tokens.size
     for image in range(len(case.tokens.x)):
-        lone = Tokens(case.tokens.x[image : image + 1], None if size is None else size[image : image + 1])
+        lone = Tokens(
+            case.tokens.x[image : image + 1], None if size is None else size[image : image + 1]
+        )
         alone = merge(lone, _choose(lone, case.prefix, case.r), case.prefix)
         torch.testing.assert_close(alone.x[0], together.x[image])
 

@@ -15,8 +15,8 @@ DEIT_TINY = Geometry((14, 14), 1, 12, 192, 3, 768, 16, 1000, "token")
 
 def plan(r: int, delay: int = 1, **matching: Any) -> MergePlan:
     body = schedules.dsm(DEIT_TINY, r, delay=delay, local_blocks=0, model="deit_tiny")
-    steps = body.steps[:-1]
-    return dataclasses.replace(body, steps=steps, last_block="prefix", matching=Matching(**matching))
+    how = Matching(**matching)
+    return dataclasses.replace(body, steps=body.steps[:-1], last_block="prefix", matching=how)
 
 
 DENSE = MergePlan("deit_tiny", DEIT_TINY)
@@ -102,7 +102,7 @@ def study(some: list[Trial] | None = None, *, by: str = "gmacs", **fields: Any) 
         "similarity_curve": [0.55, 0.42, 0.38, 0.41, 0.45, 0.5, 0.54, 0.58, 0.63, 0.68, 0.75, 0.86],
         "delay": 2,
         "budget": BudgetReport(ms, None if ms else 0.9, "p50", 1, True, False, 2.2),
-        "dense": measured(DENSE, 0.0, trial=0, feasible=False, divergence_low=0.0, divergence_high=0.0),
+        "dense": measured(DENSE, 0.0, trial=0, feasible=False),
         "tome": measured(TOME, 0.101, trial=1),
         "dsm": measured(DSM, 0.084, trial=2),
         "trials": {"complete": 30, "pruned": 5, "failed": 5, "duplicate": 2},

@@ -115,7 +115,8 @@ def test_with_labels_the_change_in_top1_is_said_with_its_interval(
 
 def test_a_model_without_a_head_has_a_cosine_and_no_nats(result: TuneResult) -> None:
     geometry = dataclasses.replace(build.DEIT_TINY, classes=0)
-    dense = dataclasses.replace(result.dense, plan=dataclasses.replace(build.DENSE, geometry=geometry))
+    plan = dataclasses.replace(build.DENSE, geometry=geometry)
+    dense = dataclasses.replace(result.dense, plan=plan)
     pooled = dataclasses.replace(result, dense=dense)
     assert "1 − cosine" in summary.headings(pooled)
     assert "nats" not in summary.answer(pooled)
@@ -232,7 +233,8 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_interactive_figure_loads_nothing_and_says_which_run(result: TuneResult) -> None:
-    named = dataclasses.replace(result, front=[dataclasses.replace(result.front[0], run_id="r" * 32)])
+    first = dataclasses.replace(result.front[0], run_id="r" * 32)
+    named = dataclasses.replace(result, front=[first])
     text = interactive.pareto_html(named, build.trials(20))
     assert Page(text).loads == []
     assert "run " + "r" * 32 in text
@@ -266,10 +268,12 @@ def test_the_report_escapes_what_users_named_and_keeps_secrets(result: TuneResul
         device={"name": HOSTILE, "fingerprint": HOSTILE},
         tracking_uri="http://me:hunter2@h",
     )
-    trials = [dataclasses.replace(t, why=HOSTILE) for t in build.trials(20)]
-    text = report.report_html(named, trials, figures={HOSTILE: b""}, command=f"{HOSTILE} x://a:hunter2@h")
+    why = f"{HOSTILE} x://a:hunter2@h"
+    trials = [dataclasses.replace(t, why=why) for t in build.trials(20)]
+    command = f"{HOSTILE} x://a:hunter2@h"
+    text = report.report_html(named, trials, figures={HOSTILE: b""}, command=command)
     assert "<script" not in text
-    assert "hunter2" not in text + records.note(named)
+    assert "hunter2" not in text + records.note(named) + report.trials_csv(trials)
 
 
 def test_the_note_keeps_its_table_whatever_the_words(result: TuneResult) -> None:
@@ -298,4 +302,5 @@ def test_front_json_reads_back_as_the_front(result: TuneResult) -> None:
 def test_a_result_measured_on_nothing_has_no_metrics() -> None:
     assert records.measured(Result(build.DENSE, 1.25)) == {}
     latency = LatencyMs(p50=4.0, high=float("nan"))
-    assert records.measured(Result(build.DENSE, 1.25, latency_ms=latency)) == {"latency_p50_ms": 4.0}
+    half = Result(build.DENSE, 1.25, latency_ms=latency)
+    assert records.measured(half) == {"latency_p50_ms": 4.0}

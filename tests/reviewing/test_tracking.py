@@ -21,10 +21,17 @@ import pytest
 import study_builder as build
 from mlflow.tracking import MlflowClient
 
+from dsm_tune import schedules
 from dsm_tune.errors import StudyError
 from dsm_tune.results import Trial
 from dsm_tune.reviewing.queue import TrackingQueue
-from dsm_tune.reviewing.stores import connect, quietly, redact, resolve_tracking_uri
+from dsm_tune.reviewing.stores import (
+    connect,
+    quietly,
+    redact,
+    resolve_tracking_uri,
+    unusable,
+)
 from dsm_tune.reviewing.tracking import StudyLabels, StudyRuns
 
 pytestmark = pytest.mark.filterwarnings(
@@ -133,7 +140,11 @@ def test_states_become_the_status_of_mlflow(uri: str, experiment: str, runs: Stu
     for number, state in enumerate(["complete", "pruned", "failed", "duplicate"]):
         runs.log_trial(dataclasses.replace(trial, number=number, state=state, why=f"was {state}"))
     found = [(run.info.status, run.data.tags["why"]) for run in children(uri, experiment)]
-    assert found == [("FINISHED", "was complete"), ("KILLED", "was pruned"), ("FAILED", "was failed")]
+    assert found == [
+        ("FINISHED", "was complete"),
+        ("KILLED", "was pruned"),
+        ("FAILED", "was failed"),
+    ]
 
 
 def test_a_reference_is_named_so(uri: str, experiment: str, runs: StudyRuns) -> None:
@@ -143,7 +154,9 @@ def test_a_reference_is_named_so(uri: str, experiment: str, runs: StudyRuns) -> 
     assert names == ["Dense (reference)", "ToMe (reference)", "DSM (reference)"]
 
 
-def test_a_trial_written_twice_stands_there_once(uri: str, experiment: str, runs: StudyRuns) -> None:
+def test_a_trial_written_twice_stands_there_once(
+    uri: str, experiment: str, runs: StudyRuns
+) -> None:
     trials = build.trials(6)
     for trial in trials:
         runs.log_trial(trial)
@@ -238,7 +251,7 @@ def test_the_outcome_makes_tags_and_metrics_of_all_children_true(
     assert chosen.data.metrics["divergence_holdout"] == result.chosen.divergence
     digests = [run.data.tags.get("plan_digest") for run in children(uri, experiment)]
     assert len(children(uri, experiment, "tags.pareto = 'true'")) == len(front)
-    assert len(set(digests)) == len(set(trial.plan and trial.plan.digest for trial in trials))
+    assert len(set(digests)) == len({trial.plan and trial.plan.digest for trial in trials})
 
 
 def test_an_outcome_written_twice_is_written_once(
@@ -284,6 +297,18 @@ def test_an_outcome_that_changes_little_costs_few_requests(
     )
     runs.log_outcome(dataclasses.replace(result, front=result.front[1:]), trials, {})
     assert len(requests) == 1
+
+
+def test_a_plan_too_long_for_a_tag_is_kept_as_a_file(
+    uri: str, experiment: str, runs: StudyRuns
+) -> None:
+    geometry = dataclasses.replace(build.DEIT_TINY, depth=200)
+    plan = schedules.tome(geometry, 1)
+    runs.log_trial(dataclasses.replace(build.trials(4)[3], plan=plan))
+    (run,) = children(uri, experiment)
+    assert "plan" not in run.data.tags
+    (path,) = Path(run.info.artifact_uri.removeprefix("file://").replace("%20", " ")).iterdir()
+    assert path.read_text() == plan.to_json()
 
 
 def test_the_study_run_has_the_note_and_the_artifacts_beside_the_database(
@@ -337,7 +362,7 @@ def test_more_than_a_hundred_params_and_hostile_values_fit(uri: str, experiment:
 def test_a_deleted_experiment_is_an_error_that_says_how_to_go_on(uri: str, experiment: str) -> None:
     client = connect(uri)
     client.delete_experiment(client.create_experiment(experiment))
-    with pytest.raises(StudyError, match="must not be deleted, .*mlflow experiments restore -x"):
+    with pytest.raises(StudyError, match=r"must not be deleted, .*mlflow experiments restore -x"):
         StudyRuns.open(uri, experiment, labels())
 
 
@@ -410,6 +435,13 @@ def test_a_store_that_is_no_file_is_refused(given: str) -> None:
 )
 def test_secrets_are_redacted(text: str, expected: str) -> None:
     assert redact(text) == expected
+
+
+def test_an_error_is_redacted_before_it_is_shortened() -> None:
+    error = OSError("x" * 180 + " postgresql://me:hunter2@" + "h" * 300)
+    message = str(unusable("postgresql://me:hunter2@h/db", error))
+    assert "hunter2" not in message
+    assert len(message) < 400
 
 
 class FakeRuns:

@@ -1,0 +1,237 @@
+"""From a study's storage to its answer: the front, the choice, the references, the counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dsm_tune.plan import MergePlan
+from dsm_tune.profile import DeviceProfile
+from dsm_tune.results import BudgetReport, LatencyMs, Result, Trial, TuneResult
+from dsm_tune.searching.budget import Cost, Limits
+from dsm_tune.searching.pareto import non_dominated
+from dsm_tune.searching.study import Record, Study
+
+__all__ = ["Answer", "costing", "stat_of"]
+
+
+def costing(profile: DeviceProfile | None) -> Any:
+    """Return what predicts the cost of a plan: GMACs, and latency where there is a profile."""
+
+    def cost_of(plan: MergePlan) -> Cost:
+        return Cost(plan.gmacs, None if profile is None else profile.predict(plan))
+
+    return cost_of
+
+
+def stat_of(latency: LatencyMs, stat: str) -> float | None:
+    """The named statistic of a measured latency."""
+    value: float | None = getattr(latency, stat)
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A study as it is stored, read as an answer.
+
+    Attributes:
+        facts: of the study.
+        records: its trials.
+        name: of the study.
+        limits: the budget: the study's own, or another one to pick by.
+        run_ids: MLflow run of each trial.
+    """
+
+    name: str
+    facts: Mapping[str, Any]
+    records: Sequence[Record]
+    limits: Limits
+    run_ids: Mapping[int, str] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, study: Study, limits: Limits | None = None, run_ids: Mapping[int, str] | None = None
+    ) -> Answer:
+        """Read a study; ``limits`` to pick by another budget than its own."""
+        facts = study.facts
+        own = Limits(**facts["limits"])
+        ids = {int(number): run for number, run in facts.get("run_ids", {}).items()}
+        return cls(study.name, facts, study.records(), limits or own, {**ids, **(run_ids or {})})
+
+    # -- results --------------------------------------------------------------------------------
+
+    @property
+    def profile(self) -> DeviceProfile | None:
+        """The device profile that the search predicted with."""
+        text = self.facts.get("profile")
+        return None if text is None else DeviceProfile.from_json(text)
+
+    def result_of(self, record: Record) -> Result:
+        """A trial as a result: confirmed, or predicted where it is not confirmed."""
+        confirmed = self.facts.get("confirmed", {}).get(record.plan.digest)
+        latest = record.latest
+        full = latest is not None and record.state == "complete"
+        common = {
+            "trial": record.number,
+            "run_id": self.run_ids.get(record.number),
+            "divergence_search": latest.divergence if full and latest is not None else None,
+        }
+        if confirmed is not None:
+            result = dataclasses.replace(Result.from_dict(confirmed["result"]), **common)
+            return dataclasses.replace(
+                result, feasible=self._meets(result, confirmed.get("ratio_high"))
+            )
+        predicted = self._predict(record.plan)
+        result = Result(
+            plan=record.plan,
+            gmacs=record.plan.gmacs,
+            latency_ms=LatencyMs(predicted=predicted),
+            **common,  # type: ignore[arg-type]
+        )
+        feasible = self.limits.excess(Cost(result.gmacs, predicted)) <= 0
+        return dataclasses.replace(result, feasible=feasible)
+
+    def _predict(self, plan: MergePlan) -> float | None:
+        profile = self.profile
+        return None if profile is None else profile.predict(plan)
+
+    def _meets(self, result: Result, ratio_high: float | None) -> bool:
+        """Whether a confirmed result is within every bound, at the upper end of its interval."""
+        limits, latency = self.limits, result.latency_ms
+        meets = limits.gmacs is None or result.gmacs <= limits.gmacs
+        if limits.ms is not None:
+            share = limits.ms_share
+            if share is not None and ratio_high is not None:
+                meets = meets and ratio_high <= share
+            else:
+                meets = meets and latency.high is not None and latency.high <= limits.ms
+        return meets and self._drop(result) <= (math.inf if limits.drop is None else limits.drop)
+
+    def _drop(self, result: Result) -> float:
+        """Points of top-1, or of agreement without labels, below the dense model."""
+        dense = self.facts.get("confirmed", {}).get(self.facts["dense_digest"])
+        if dense is None or result.agreement is None:
+            return 0.0
+        top1 = dense["result"]["top1"]
+        if top1 is not None and result.top1 is not None:
+            return 100 * float(top1 - result.top1)
+        return 100 * (1 - result.agreement)
+
+    def cost(self, result: Result) -> float:
+        """What the front is ascending in: the bounded latency statistic if there is one, or GMACs."""
+        if self.limits.ms is None:
+            return result.gmacs
+        measured = stat_of(result.latency_ms, self.facts["config"]["latency_stat"])
+        known = measured if measured is not None else result.latency_ms.predicted
+        return math.inf if known is None else known
+
+    def front(self) -> list[Result]:
+        """Feasible, mutually non-dominated results, ascending in cost.
+
+        After the confirmation these are confirmed results, compared by their held-out
+        divergence; before it, and for another budget, predictions and the search's divergence.
+        """
+        results = [self.result_of(r) for r in self.records if r.state == "complete"]
+        able = [r for r in results if r.feasible]
+        final = self.facts.get("status") in ("done", "infeasible") and self._own_budget
+        if final:
+            able = [r for r in able if r.divergence is not None]
+        points = [(self.cost(r), _divergence(r, final)) for r in able]
+        return [able[i] for i in non_dominated(points)]
+
+    @property
+    def _own_budget(self) -> bool:
+        return dataclasses.asdict(self.limits) == self.facts["limits"]
+
+    def choose(self, front: Sequence[Result]) -> Result | None:
+        """The feasible plan that the search found closest to dense."""
+        return min(front, key=lambda r: (_divergence(r, False), self.cost(r)), default=None)
+
+    # -- the whole ------------------------------------------------------------------------------
+
+    def trials(self, front: Sequence[Result]) -> list[Trial]:
+        """All trials, marked by whether they are on the front."""
+        on_front = {result.trial for result in front}
+        return [
+            dataclasses.replace(self.trial(r), pareto=r.number in on_front) for r in self.records
+        ]
+
+    def trial(self, record: Record) -> Trial:
+        """A trial for review."""
+        latest = record.latest
+        return Trial(
+            number=record.number,
+            generation=record.generation,
+            label=record.label,
+            state=record.state,
+            params=record.params,
+            plan=record.plan,
+            why=record.why,
+            images=latest.images if latest else 0,
+            divergence=latest.divergence if latest else None,
+            agreement=latest.agreement if latest else None,
+            top1=latest.top1 if latest else None,
+            predicted_ms=self._predict(record.plan),
+            seconds=sum(e.seconds for e in record.evaluations.values()),
+            feasible=record.state == "complete" and self.result_of(record).feasible,
+        )
+
+    def counts(self) -> dict[str, int]:
+        """Trials by state; duplicates are draws that were given up before they cost anything."""
+        counts = {
+            state: sum(r.state == state for r in self.records)
+            for state in ("complete", "pruned", "failed")
+        }
+        duplicates = sum(r.redrawn.get("duplicate", 0) for r in self.records)
+        return {**counts, "duplicate": duplicates}
+
+    def reference(self, label: str) -> Result:
+        """The dense model's, ToMe's or DSM's result; dense where a trial has yet to be added."""
+        for record in self.records:
+            if record.label == label:
+                return self.result_of(record)
+        plan = MergePlan.from_json(self.facts["references"][label])
+        for record in self.records:  # its plan may be that of another label
+            if record.plan.digest == plan.digest:
+                return self.result_of(record)
+        return Result(plan, plan.gmacs)
+
+    def result(self) -> TuneResult:
+        """The ``--json`` document."""
+        facts, config = self.facts, self.facts["config"]
+        front = self.front()
+        fastest = facts.get("fastest_ms")
+        return TuneResult(
+            study=self.name,
+            status=facts.get("status", "running"),
+            seconds=facts.get("seconds", 0.0),
+            tracking_uri=facts.get("tracking_uri", ""),
+            parent_run_id=facts.get("parent_run_id", ""),
+            model=config["model"],
+            device=facts["device"],
+            images=facts["images"],
+            similarity_curve=facts["similarity_curve"],
+            delay=facts["delay"],
+            budget=BudgetReport(
+                ms=self.limits.ms,
+                gmacs=self.limits.gmacs,
+                stat=config["latency_stat"],
+                batch_size=config["batch_size"],
+                satisfiable=facts["satisfiable"] if self._own_budget else bool(front),
+                dense_fits=self.reference("dense").feasible,
+                fastest_ms=fastest,
+            ),
+            dense=self.reference("dense"),
+            tome=self.reference("tome"),
+            dsm=self.reference("dsm"),
+            trials=self.counts(),
+            front=front,
+            chosen=self.choose(front),
+        )
+
+
+def _divergence(result: Result, final: bool) -> float:
+    value = result.divergence if final else result.divergence_search
+    return math.inf if value is None else value

@@ -1,0 +1,189 @@
+"""Model and images: what a tune starts from, and how both reach the workers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dsm_tune import demo
+from dsm_tune.config import TuneConfig
+from dsm_tune.errors import ConfigError
+from dsm_tune.measuring import images as folders
+from dsm_tune.measuring.evaluate import BATCH_SIZE, Evaluator
+from dsm_tune.measuring.images import ImageSet
+from dsm_tune.measuring.quality import PerImage
+from dsm_tune.merging.backbone import read_geometry
+from dsm_tune.merging.loading import create_model
+from dsm_tune.plan import Geometry, MergePlan
+from dsm_tune.results import Evaluation
+
+__all__ = [
+    "Inputs",
+    "Payload",
+    "dense_batch",
+    "judge",
+    "load_inputs",
+    "load_model",
+    "make_evaluate",
+    "make_evaluators",
+]
+
+MOST_IMAGES = 1024  # of a larger folder, a random sample of this many is used
+MOST_SEARCH = 256  # of these, for the search; the rest is held out
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Model and images of a tune.
+
+    Attributes:
+        model: on the CPU, in float32, in evaluation mode.
+        geometry: of the model.
+        search: images that trials see, in random order.
+        holdout: images for the final figures, disjoint from these.
+        skipped: images that could not be read, with the reason.
+    """
+
+    model: nn.Module
+    geometry: Geometry
+    search: ImageSet
+    holdout: ImageSet
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every image has a label."""
+        return self.search.labelled and self.holdout.labelled
+
+
+@dataclasses.dataclass(frozen=True)
+class Payload:
+    """A model and one set of images, as they travel to a worker.
+
+    Attributes:
+        model: on the CPU.
+        pixels: [N, 3, H, W] float32.
+        labels: [N] int64.
+        device, dtype: where and how it is evaluated.
+        dense: [N, K] float32 outputs of the dense model, once they are known.
+    """
+
+    model: nn.Module
+    pixels: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+    device: str
+    dtype: str
+    dense: np.ndarray[Any, Any] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, images: ImageSet, device: str, dtype: str) -> Payload:
+        """Pack a model and images."""
+        return cls(model, images.pixels.numpy(), images.labels.numpy(), device, dtype)
+
+    @property
+    def batches(self) -> int:
+        """How many batches the images make."""
+        return -(-len(self.labels) // BATCH_SIZE)
+
+    def evaluator(self) -> Evaluator:
+        """Unpack; called in a worker, which keeps to one thread so that its bits are the same anywhere."""
+        if self.device == "cpu":
+            torch.set_num_threads(1)
+        model = self.model.to(self.device, getattr(torch, self.dtype))
+        dense = None if self.dense is None else torch.tensor(self.dense)
+        return Evaluator(model, torch.tensor(self.pixels), torch.tensor(self.labels), dense=dense)
+
+
+def load_model(config: TuneConfig) -> nn.Module:
+    """Make the model of a configuration, on the CPU, in evaluation mode.
+
+    Raises:
+        ModelError: if it cannot be made or its tokens cannot be merged.
+    """
+    if not isinstance(config.model, str):
+        model = copy.deepcopy(config.model).cpu().float().eval()
+    elif config.model == demo.MODEL_NAME:
+        if config.checkpoint or config.pretrained or config.img_size or config.model_kwargs:
+            raise ConfigError(
+                "the embedded demo model takes no --checkpoint, --pretrained, --img-size or "
+                "--model-kwargs; name a timm model with --model"
+            )
+        model = demo.create_model()
+    else:
+        model = create_model(
+            config.model,
+            checkpoint=config.checkpoint,
+            pretrained=config.pretrained,
+            img_size=config.img_size,
+            model_kwargs=config.model_kwargs,
+        )
+    read_geometry(model)
+    return model
+
+
+def load_inputs(config: TuneConfig) -> Inputs:
+    """Load model and images and part the images.
+
+    Raises:
+        ModelError: if the model cannot be used.
+        ImagesError: if the images cannot.
+    """
+    model = load_model(config)
+    skipped: tuple[str, ...] = ()
+    if config.images is None:
+        parts = (_demo_images("search"), _demo_images("holdout"))
+    else:
+        found, unread = folders.load_folder(
+            config.images, model, limit=MOST_IMAGES, seed=config.seed
+        )
+        skipped = tuple(f"{item.name}: {item.reason}" for item in unread)
+        parts = folders.split(found, max(len(found) - MOST_SEARCH, len(found) // 2), config.seed)
+    search, holdout = (_shuffled(part, config.seed) for part in parts)
+    return Inputs(model, read_geometry(model), search, holdout, skipped)
+
+
+def _demo_images(name: Any) -> ImageSet:
+    pixels, labels = demo.load_split(name)
+    return ImageSet(pixels, labels, tuple(f"digits/{name}/{i}" for i in range(len(labels))))
+
+
+def _shuffled(images: ImageSet, seed: int) -> ImageSet:
+    """In an order without meaning, so that the first few are a fair sample."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images.take(order)
+
+
+def make_evaluators(payloads: Sequence[Payload]) -> list[Evaluator]:
+    """Unpack payloads: what a member of a crew keeps."""
+    return [payload.evaluator() for payload in payloads]
+
+
+def dense_batch(evaluators: list[Evaluator], where: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """Outputs of the dense model for one (set, batch)."""
+    outputs: Tensor = evaluators[where[0]].dense_batch(where[1])
+    return outputs.float().numpy()
+
+
+def judge(evaluators: list[Evaluator], plan: MergePlan, *, dense: np.ndarray[Any, Any]) -> PerImage:
+    """Compare a plan with dense on all images of the last set."""
+    evaluators[-1].know_dense(torch.tensor(dense))
+    return evaluators[-1].evaluate(plan)
+
+
+def make_evaluate(payload: Payload) -> Callable[[MergePlan, int], Evaluation]:
+    """Return what evaluates a plan on the first images: for ``run_search``."""
+    evaluator = payload.evaluator()
+
+    def evaluate(plan: MergePlan, count: int) -> Evaluation:
+        quality = evaluator.evaluate(plan, count).summary()
+        return Evaluation(
+            quality.images, quality.divergence, quality.agreement, quality.top1, quality.top5
+        )
+
+    return evaluate

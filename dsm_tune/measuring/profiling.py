@@ -1,0 +1,239 @@
+"""Measures a device profile: the parts of a model on a grid of token counts, then a few whole plans."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsm_tune import schedules
+from dsm_tune.measuring.latency import forward_of, interleave, timer_for
+from dsm_tune.merging import backbone
+from dsm_tune.merging.matching import Tokens
+from dsm_tune.merging.merged import MergedBlocks, merged_view
+from dsm_tune.plan import ATTENTIONS, Geometry, Matching, MergePlan, Step
+from dsm_tune.profile import DeviceProfile
+
+__all__ = ["describe_device", "measure_profile"]
+
+GRID = 12  # token counts at which parts are timed
+DEVICE_REPEATS = 10  # calls between two waits for a device, so that launches overlap as in a model
+Call = Callable[[], object]
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """What decides how fast a device is: its name, driver or processor, torch, and threads."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return {"name": name, "cuda": torch.version.cuda, "torch": torch.__version__}
+    return {
+        "name": _processor(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            found = [
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            ]
+    except OSError:
+        found = []
+    return found[0] if found else platform.processor() or "CPU"
+
+
+@torch.inference_mode()
+def measure_profile(
+    model: nn.Module,
+    pixels: Tensor,
+    *,
+    matchings: Sequence[Matching],
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> DeviceProfile:
+    """Time the parts of a model where it is.
+
+    Args:
+        model: in evaluation mode, on its device and in its dtype.
+        pixels: [B, 3, H, W], on the same device and in the same dtype; B is the batch size.
+        matchings: what steps will be predicted for; each of their features and terms is timed.
+        seconds: time for the parts; as much again, at most, for whole plans.
+        clock: returns seconds.
+    """
+    geometry = backbone.read_geometry(model)
+    device = pixels.device
+    counts = _grid(geometry)
+    calls = {
+        (part, i): call
+        for i, count in enumerate(counts)
+        for part, call in _part_calls(model, geometry, pixels, count, matchings)
+    }
+    medians = _time_calls(
+        calls, timer_for(device), 1 if device.type == "cpu" else DEVICE_REPEATS, seconds, clock
+    )
+    parts = {
+        part: tuple(medians[part, i] for i in range(len(counts)))
+        for part in dict.fromkeys(part for part, _ in calls)
+    }
+    profile = DeviceProfile(
+        device=describe_device(device),
+        geometry=geometry,
+        dtype=str(pixels.dtype).removeprefix("torch."),
+        batch_size=len(pixels),
+        runtime="eager",
+        tokens=counts,
+        parts=_subtract_baseline(parts),
+    )
+    return _calibrate(profile, model, pixels, seconds, clock)
+
+
+def _grid(geometry: Geometry) -> tuple[int, ...]:
+    least = geometry.prefix + 2
+    step = max((geometry.tokens - least) / (GRID - 1), 1.0)
+    counts = {round(geometry.tokens - i * step) for i in range(GRID)}
+    return tuple(sorted(count for count in counts if count >= min(least, geometry.tokens)))
+
+
+def _part_calls(
+    model: nn.Module, geometry: Geometry, pixels: Tensor, count: int, matchings: Sequence[Matching]
+) -> Iterable[tuple[str, Call]]:
+    parts: Any = model
+    block = parts.blocks[geometry.depth // 2]
+    options = {"device": pixels.device, "dtype": pixels.dtype}
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(len(pixels), count, geometry.width, generator=generator).to(**options)
+    size = torch.ones(len(pixels), count, device=pixels.device)
+    log_size = size.log()
+    yield "attention", partial(backbone.attend, block, x, None)
+    yield "attention_sized", lambda: backbone.attend(block, x, size.log())
+    yield "mlp", partial(backbone.feed_forward, block, x)
+    if geometry.reads_prefix_only:
+        yield (
+            "prefix_block",
+            lambda: backbone.feed_forward(
+                block, backbone.attend_prefix(block, x, log_size, geometry.prefix)
+            ),
+        )
+    yield (
+        "stem",
+        lambda: parts.norm_pre(parts.patch_drop(parts._pos_embed(parts.patch_embed(pixels)))),
+    )
+    yield "head", lambda: parts.forward_head(parts.norm(x))
+    projections = backbone.attend(block, x, log_size)[1]
+    tokens = Tokens(x, size)
+    for name, matching, step in _steps(geometry, count, matchings):
+        plan = MergePlan("", _small(geometry, count), (step,), matching)
+        if not plan.active_steps:
+            continue
+        blocks = MergedBlocks(nn.Sequential(block), plan)
+        yield name, partial(blocks._take_step, tokens, plan.active_steps[0], projections, log_size)
+
+
+def _small(geometry: Geometry, count: int) -> Geometry:
+    """The geometry of one block with this many tokens; in one column, which costs the same."""
+    return dataclasses.replace(geometry, depth=1, grid=(max(count - geometry.prefix, 1), 1))
+
+
+def _steps(
+    geometry: Geometry, count: int, matchings: Sequence[Matching]
+) -> Iterable[tuple[str, Matching, Step]]:
+    """What to time: each feature plain, then each further term on top of the keys."""
+    r = max((count - geometry.prefix) // 12, 1)
+    merge, side = Step(0, "merge", r), max(int(count**0.5) // 2, 1)
+    features = dict.fromkeys(["k", *(m.feature for m in matchings if m.feature != "random")])
+    for feature in features:
+        yield f"merge_{feature}", Matching(feature=feature), merge
+    yield "local", Matching(), Step(0, "merge", r, side)
+    yield "size_penalty", Matching(size_penalty=0.1), merge
+    attentions = [a for a in ATTENTIONS if a != "class" or geometry.prefix]
+    for attention in attentions:
+        yield f"salience_{attention}", Matching(salience=0.1, attention=attention), merge
+    for score in ("norm", *attentions):
+        yield f"prune_{score}", Matching(prune_score=score), Step(0, "prune", r)
+
+
+def _time_calls(
+    calls: dict[tuple[str, int], Call],
+    timed: Callable[[Call], float],
+    repeats: int,
+    seconds: float,
+    clock: Callable[[], float],
+) -> dict[tuple[str, int], float]:
+    """Median milliseconds of each call, all calls in turn, round after round."""
+
+    def often(call: Call) -> None:
+        for _ in range(repeats):
+            call()
+
+    samples: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
+    for call in calls.values():
+        timed(call)
+    start = clock()
+    while clock() - start < seconds or len(next(iter(samples.values()))) < 5:
+        for key, call in calls.items():
+            samples[key].append(timed(partial(often, call)) / repeats)
+    return {key: statistics.median(values) for key, values in samples.items()}
+
+
+def _subtract_baseline(parts: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+    """What local windows, salience and the size penalty add to a merge by keys."""
+    result = {}
+    for name, times in parts.items():
+        if name == "local" or name.startswith(("salience_", "size_penalty")):
+            times = tuple(max(t - k, 0.0) for t, k in zip(times, parts["merge_k"], strict=True))
+        result[name] = times
+    return result
+
+
+def _calibrate(
+    profile: DeviceProfile,
+    model: nn.Module,
+    pixels: Tensor,
+    seconds: float,
+    clock: Callable[[], float],
+) -> DeviceProfile:
+    """Scale the sum of parts to whole forwards of a few plans; the largest misfit is the error."""
+    geometry = profile.geometry
+    share = geometry.patches / geometry.depth
+    plans = [MergePlan("", geometry)]
+    plans += [schedules.tome(geometry, max(round(share * part), 1)) for part in (0.4, 0.7, 0.9)]
+    measured = time_plans(model, plans, pixels, seconds=seconds, clock=clock)
+    ratios = [
+        statistics.median(ms) / profile.predict(plan)
+        for plan, ms in zip(plans, measured, strict=True)
+    ]
+    scale = statistics.median(ratios)
+    error = max(abs(ratio / scale - 1) for ratio in ratios)
+    return dataclasses.replace(profile, scale=scale, error=error)
+
+
+def time_plans(
+    model: nn.Module,
+    plans: Sequence[MergePlan],
+    pixels: Tensor,
+    *,
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[tuple[float, ...]]:
+    """Milliseconds of forwards under each plan, in turn; the n-th of each belong to one round.
+
+    Args:
+        model: in evaluation mode, not merged.
+        plans: made for it.
+        pixels: [B, 3, H, W] on its device.
+        seconds: time limit.
+        clock: returns seconds.
+    """
+    forwards = [forward_of(merged_view(model, plan), pixels) for plan in plans]
+    timed = timer_for(pixels.device)
+    return [t.ms for t in interleave(forwards, timed, seconds=seconds, clock=clock)]

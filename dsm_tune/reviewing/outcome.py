@@ -1,0 +1,56 @@
+"""What of a study goes to MLflow, and when: trials as they end, the answer at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dsm_tune.config import TuneConfig
+from dsm_tune.results import Trial, TuneResult
+from dsm_tune.reviewing import figures, interactive, report
+from dsm_tune.reviewing.queue import TrackingQueue
+from dsm_tune.reviewing.records import StudyLabels
+
+__all__ = ["artifacts", "open_queue"]
+
+
+def open_queue(
+    study: str,
+    facts: Mapping[str, Any],
+    tracking_uri: str,
+    config: TuneConfig,
+    warn: Callable[[str], None],
+) -> TrackingQueue:
+    """Open the study's runs in the background."""
+    budgets = [(config.budget_ms, "ms"), (config.budget_gflops, "GMACs")]
+    words = [f"{value} {unit}" for value, unit in budgets if value is not None]
+    labels = StudyLabels(
+        study=study,
+        study_id=facts["study_id"],
+        model=config.model_name,
+        device=facts["device"]["name"],
+        budget=" and ".join(words),
+        params={
+            k: v for k, v in config.to_dict().items() if k not in ("storage", "tracking_uri") and v
+        },
+    )
+    return TrackingQueue.for_study(tracking_uri, config.experiment, labels, warn)
+
+
+def artifacts(result: TuneResult, trials: Sequence[Trial], command: str) -> dict[str, bytes | str]:
+    """Return the study's artifacts by their fixed names."""
+    pictures = {
+        "pareto.png": figures.pareto_png(result, trials),
+        "similarity_curve.png": figures.similarity_curve_png(
+            result.similarity_curve, result.delay, result.model
+        ),
+    }
+    if result.front:
+        pictures["tokens.png"] = figures.tokens_png(result)
+    return {
+        **pictures,
+        "pareto.html": interactive.pareto_html(result, trials),
+        "report.html": report.report_html(result, trials, figures=pictures, command=command),
+        "trials.csv": report.trials_csv(trials),
+        "front.json": report.front_json(result),
+    }

@@ -5,16 +5,27 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from dsm_tune.config import absolute_storage
+from dsm_tune.errors import ConfigError, StudyError
 from dsm_tune.plan import MergePlan
 from dsm_tune.profile import DeviceProfile
 from dsm_tune.results import BudgetReport, LatencyMs, Result, Trial, TuneResult
-from dsm_tune.searching.budget import Cost, Limits
+from dsm_tune.searching.budget import Cost, Limit, Limits, parse_limit
 from dsm_tune.searching.pareto import non_dominated
 from dsm_tune.searching.study import Record, Study
 
-__all__ = ["Answer", "costing", "stat_of"]
+__all__ = [
+    "Answer",
+    "costing",
+    "load_study",
+    "parse_budget",
+    "resolve_budget",
+    "show",
+    "stat_of",
+]
 
 
 def costing(profile: DeviceProfile | None) -> Any:
@@ -235,3 +246,73 @@ class Answer:
 def _divergence(result: Result, final: bool) -> float:
     value = result.divergence if final else result.divergence_search
     return math.inf if value is None else value
+
+
+# -- from storage ---------------------------------------------------------------------------------
+
+
+def load_study(storage: str, name: str) -> Study:
+    """Open a study of ours.
+
+    Raises:
+        StudyError: if there is none of this name, or another program made it.
+    """
+    found = Study.load(storage, name)
+    if "config" not in found.facts:
+        raise StudyError(f"the study {name!r} must be one of dsm-tune, but another program made it")
+    return found
+
+
+def show(
+    study: str,
+    *,
+    storage: str | None = None,
+    budget_ms: float | str | None = None,
+    budget_gflops: float | str | None = None,
+) -> TuneResult:
+    """Read a study's answer, also while it runs; nothing is written.
+
+    Args:
+        study: its name.
+        storage: database URL; as for :func:`dsm_tune.tune`.
+        budget_ms, budget_gflops: pick by another budget.
+
+    Raises:
+        StudyError: if there is no such study, or its search has not begun.
+    """
+    found = load_study(absolute_storage(storage, Path.cwd()), study)
+    if "limits" not in found.facts:
+        raise StudyError(f"the study {study!r} has not begun its search yet; try again in a moment")
+    if budget_ms is None and budget_gflops is None:
+        return Answer.of(found).result()
+    facts = found.facts
+    if budget_ms is not None and facts.get("profile") is None:
+        raise ConfigError(
+            "--budget-ms needs a study that was tuned for latency; this one has no profile"
+        )
+    asked = parse_budget(budget_ms, budget_gflops)
+    limits = resolve_budget(asked, facts["dense_gmacs"], facts["dense_ms"])
+    return Answer.of(found, limits).result()
+
+
+def parse_budget(ms: float | str | None, gmacs: float | str | None) -> dict[str, Limit]:
+    """Read the bounds that were given, by unit."""
+    given = {"ms": (ms, "--budget-ms"), "gmacs": (gmacs, "--budget-gflops")}
+    return {
+        k: parse_limit(value, option) for k, (value, option) in given.items() if value is not None
+    }
+
+
+def resolve_budget(
+    asked: Mapping[str, Limit],
+    dense_gmacs: float,
+    dense_ms: float | None,
+    drop: float | None = None,
+) -> Limits:
+    """Turn shares of the dense model's cost into absolute bounds."""
+    gmacs = asked["gmacs"].resolve(dense_gmacs) if "gmacs" in asked else None
+    ms = share = None
+    if "ms" in asked and dense_ms is not None:
+        ms = asked["ms"].resolve(dense_ms)
+        share = asked["ms"].value if asked["ms"].of_dense else None
+    return Limits(gmacs, ms, drop, share)

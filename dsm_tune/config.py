@@ -103,7 +103,7 @@ class TuneConfig:
         _one_of("dtype", self.dtype, DTYPES)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
             raise ConfigError(
-                f"device must be auto, cpu, cuda or cuda:N, but got {self.device!r:.60}"
+                f"--device must be auto, cpu, cuda or cuda:N, but got {self.device!r:.60}"
             )
         for name in ("max_drop", "timeout"):
             value = getattr(self, name)

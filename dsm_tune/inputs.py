@@ -24,6 +24,7 @@ from dsm_tune.plan import Geometry, MergePlan
 from dsm_tune.results import Evaluation
 
 __all__ = [
+    "CURVE_IMAGES",
     "Inputs",
     "Payload",
     "dense_batch",
@@ -34,6 +35,7 @@ __all__ = [
     "make_evaluators",
 ]
 
+CURVE_IMAGES = 64  # of the search images, for the similarity curve
 MOST_IMAGES = 1024  # of a larger folder, a random sample of this many is used
 MOST_SEARCH = 256  # of these, for the search; the rest is held out
 

@@ -23,6 +23,7 @@ HEADS = ("token", "distilled", "avg", "map")
 FEATURES = ("k", "q", "v", "x", "kv", "k_all", "kv_all", "random")
 QUOTAS = ("equal", "free")
 POSITIONS = ("destination", "centroid")
+NORMS = ("free", "mean", "largest")
 ATTENTIONS = ("class", "received")
 PRUNE_SCORES = ("norm", "class", "received")
 KINDS = ("merge", "prune")
@@ -142,6 +143,10 @@ class Matching:
         attention: whose attention counts as salience: the ``class`` token's, or that
             ``received`` from all tokens.
         size_penalty: weight β of ``log(s_a s_b / (s_a + s_b))``, subtracted from the score.
+        attention_weight: power γ of the attention that a token receives, in its weight
+            ``size · attention^γ`` in a mean; 0 for the size alone.
+        norm: length of a merged token: ``free``, that of the mean; or the mean is scaled to the
+            weighted ``mean`` or to the ``largest`` of the lengths of what was merged.
         prune_score: what a prune step keeps: a large L2 ``norm`` of the feature, or much
             attention of the ``class`` token or ``received`` from all tokens.
         seed: of the ``random`` feature.
@@ -153,6 +158,8 @@ class Matching:
     salience: float = 0.0
     attention: str = "class"
     size_penalty: float = 0.0
+    attention_weight: float = 0.0
+    norm: str = "free"
     prune_score: str = "norm"
     seed: int = 0
 
@@ -161,11 +168,17 @@ class Matching:
         _choice(self.quota, "matching.quota", QUOTAS)
         _choice(self.position, "matching.position", POSITIONS)
         _choice(self.attention, "matching.attention", ATTENTIONS)
+        _choice(self.norm, "matching.norm", NORMS)
         _choice(self.prune_score, "matching.prune_score", PRUNE_SCORES)
         _integer(self.seed, "matching.seed", 0)
-        for name in ("salience", "size_penalty"):
+        for name in ("salience", "size_penalty", "attention_weight"):
             number = _number(getattr(self, name), f"matching.{name}", 0.0, 100.0)
             object.__setattr__(self, name, number)
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether a merge step looks at the attention that tokens receive."""
+        return self.salience > 0 or self.attention_weight > 0
 
     def feature_width(self, geometry: Geometry) -> int:
         """Channels of the compared feature."""
@@ -248,7 +261,7 @@ class MergePlan:
         scores = (
             {self.matching.prune_score} if any(s.kind == "prune" for s in self.steps) else set()
         )
-        if self.matching.salience:
+        if self.matching.needs_attention:
             scores.add(self.matching.attention)
         if "class" in scores and not self.geometry.prefix:
             raise PlanError(
@@ -296,8 +309,9 @@ class MergePlan:
     @cached_property
     def macs(self) -> int:
         """Multiply-adds per image, matching products included; norms and gathers are not counted."""
+        steps = {step.block: step for step in self.steps}
         return _stem_and_head_macs(self) + sum(
-            _block_macs(self, block) for block in range(self.geometry.depth)
+            _block_macs(self, block, steps.get(block)) for block in range(self.geometry.depth)
         )
 
     @property
@@ -389,8 +403,10 @@ def _used(matching: Matching, steps: tuple[Step, ...]) -> Matching:
         "quota": local,
         "position": local,
         "salience": merges,
-        "attention": merges and matching.salience > 0,
+        "attention": merges and matching.needs_attention,
         "size_penalty": merges,
+        "attention_weight": merges,
+        "norm": merges,
         "prune_score": prunes,
         "seed": compares and matching.feature == "random",
     }
@@ -429,7 +445,7 @@ def _stem_and_head_macs(plan: MergePlan) -> int:
     return stem + pool + g.width * g.classes * (2 if g.head == "distilled" else 1)
 
 
-def _block_macs(plan: MergePlan, block: int) -> int:
+def _block_macs(plan: MergePlan, block: int, step: Step | None) -> int:
     """4NC² + 2N²C + 2N'CM, plus matching, or what is left of it in a prefix-only last block."""
     g, n = plan.geometry, plan.tokens[block]
     if plan.last_block == "prefix" and block == g.depth - 1:
@@ -437,7 +453,6 @@ def _block_macs(plan: MergePlan, block: int) -> int:
         return 2 * (n + p) * g.width**2 + 2 * p * n * g.width + 2 * p * g.width * g.hidden
     attention = 4 * n * g.width**2 + 2 * n * n * g.width
     mlp = 2 * plan.tokens[block + 1] * g.width * g.hidden
-    step = next((step for step in plan.steps if step.block == block), None)
     if step is None or not plan.removed[block]:
         return attention + mlp
     return attention + mlp + _step_macs(plan, step.kind, n)
@@ -449,4 +464,4 @@ def _step_macs(plan: MergePlan, kind: str, n: int) -> int:
     if kind == "prune":
         return attention_macs.get(matching.prune_score, 0)
     macs = math.ceil(n / 2) * (n // 2) * matching.feature_width(g)
-    return macs + (attention_macs[matching.attention] if matching.salience else 0)
+    return macs + (attention_macs[matching.attention] if matching.needs_attention else 0)

@@ -39,7 +39,7 @@ class DeviceProfile:
             ``attention_sized`` (the same with token sizes), ``mlp``, ``prefix_block`` (a last
             block for prefix tokens only), ``stem`` and ``head`` (at every count the same), and
             what a step adds: ``merge_<feature>``, ``local``, ``salience_<attention>``,
-            ``size_penalty``, ``prune_<score>``.
+            ``size_penalty``, ``norm``, ``prune_<score>``.
         scale: factor that brings the sum of the parts to whole forwards.
         error: relative error of predictions, as found on plans that were measured whole.
     """
@@ -129,8 +129,10 @@ class DeviceProfile:
         total = self._at(f"merge_{matching.feature}", count)
         if step.window is not None:
             total += self._at("local", count)
-        if matching.salience:
+        if matching.needs_attention:
             total += self._at(f"salience_{matching.attention}", count)
+        if matching.norm != "free":
+            total += self._at("norm", count)
         if matching.size_penalty:
             total += self._at("size_penalty", count)
         return total

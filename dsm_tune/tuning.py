@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dsm_tune.answer import Answer, costing
+from dsm_tune.answer import Answer, costing, load_study, parse_budget, resolve_budget, show
 from dsm_tune.config import TuneConfig, absolute_storage
 from dsm_tune.errors import ConfigError, StudyError
 from dsm_tune.inputs import (
+    CURVE_IMAGES,
     Inputs,
     Payload,
     dense_batch,
@@ -41,7 +42,7 @@ from dsm_tune.reviewing.outcome import artifacts, open_queue
 from dsm_tune.reviewing.queue import TrackingQueue
 from dsm_tune.reviewing.stores import resolve_tracking_uri
 from dsm_tune.searching import engine
-from dsm_tune.searching.budget import Limit, Limits, parse_limit
+from dsm_tune.searching.budget import Limits
 from dsm_tune.searching.engine import Cluster, Crew
 from dsm_tune.searching.search import Planner, Progress, Search
 from dsm_tune.searching.space import Choices, Space, load_space
@@ -49,7 +50,6 @@ from dsm_tune.searching.study import Study
 
 __all__ = ["Listener", "resume", "show", "tune"]
 
-CURVE_IMAGES = 64
 MOST_CONFIRMED = 10  # plans of the front that are measured at the end
 DENSE_FITS_SHARE = 0.75  # of the dense GMACs, for the front that is shown where dense fits
 
@@ -128,61 +128,12 @@ def resume(
     return _Tune(config.absolute(Path.cwd()), listener or _Silent(), clock).run()
 
 
-def show(
-    study: str,
-    *,
-    storage: str | None = None,
-    budget_ms: float | str | None = None,
-    budget_gflops: float | str | None = None,
-) -> TuneResult:
-    """Read a study's answer, also while it runs; nothing is written.
-
-    Args:
-        study: its name.
-        storage: database URL; as for :func:`tune`.
-        budget_ms, budget_gflops: pick by another budget.
-
-    Raises:
-        StudyError: if there is no such study, or its search has not begun.
-    """
-    found = Study.load(absolute_storage(storage, Path.cwd()), study)
-    if "limits" not in found.facts:
-        raise StudyError(f"the study {study!r} has not begun its search yet; try again in a moment")
-    if budget_ms is None and budget_gflops is None:
-        return Answer.of(found).result()
-    facts = found.facts
-    if budget_ms is not None and facts.get("profile") is None:
-        raise ConfigError(
-            "--budget-ms needs a study that was tuned for latency; this one has no profile"
-        )
-    limits = _limits(_parse(budget_ms, budget_gflops), facts["dense_gmacs"], facts["dense_ms"])
-    return Answer.of(found, limits).result()
-
-
-def _parse(ms: float | str | None, gmacs: float | str | None) -> dict[str, Limit]:
-    given = {"ms": (ms, "--budget-ms"), "gmacs": (gmacs, "--budget-gflops")}
-    return {
-        k: parse_limit(value, option) for k, (value, option) in given.items() if value is not None
-    }
-
-
-def _limits(
-    asked: dict[str, Limit], dense_gmacs: float, dense_ms: float | None, drop: float | None = None
-) -> Limits:
-    gmacs = asked["gmacs"].resolve(dense_gmacs) if "gmacs" in asked else None
-    ms = share = None
-    if "ms" in asked and dense_ms is not None:
-        ms = asked["ms"].resolve(dense_ms)
-        share = asked["ms"].value if asked["ms"].of_dense else None
-    return Limits(gmacs, ms, drop, share)
-
-
 class _Tune:
     """One run of a study, phase by phase; each phase stores what it found."""
 
     def __init__(self, config: TuneConfig, listener: Listener, clock: Callable[[], float]) -> None:
         self.config, self.listener, self.clock = config, listener, clock
-        self.asked = _parse(config.budget_ms, config.budget_gflops)
+        self.asked = parse_budget(config.budget_ms, config.budget_gflops)
         self.space = load_space(config.search_space)
         self.tracking_uri = resolve_tracking_uri(config.tracking_uri, Path.cwd())
         self.device = device_of(config.device)
@@ -306,7 +257,7 @@ class _Tune:
         dense = MergePlan(config.model_name, geometry)
         profile = self._profile(inputs) if "ms" in self.asked else None
         dense_ms = None if profile is None else profile.predict(dense)
-        limits = _limits(self.asked, dense.gmacs, dense_ms, config.max_drop)
+        limits = resolve_budget(self.asked, dense.gmacs, dense_ms, config.max_drop)
         planner = self._planner(inputs, delay, limits, profile)
         fastest = planner.fastest()
         satisfiable = limits.excess(planner.cost_of(fastest)) <= 0

@@ -155,9 +155,10 @@ def _steps(
         yield f"merge_{feature}", Matching(feature=feature), merge
     yield "local", Matching(), Step(0, "merge", r, side)
     yield "size_penalty", Matching(size_penalty=0.1), merge
+    yield "norm", Matching(norm="mean"), merge
     attentions = [a for a in ATTENTIONS if a != "class" or geometry.prefix]
     for attention in attentions:
-        yield f"salience_{attention}", Matching(salience=0.1, attention=attention), merge
+        yield f"salience_{attention}", Matching(salience=0.1, attention_weight=1.0, attention=attention), merge
     for score in ("norm", *attentions):
         yield f"prune_{score}", Matching(prune_score=score), Step(0, "prune", r)
 
@@ -189,7 +190,7 @@ def _subtract_baseline(parts: dict[str, tuple[float, ...]]) -> dict[str, tuple[f
     """What local windows, salience and the size penalty add to a merge by keys."""
     result = {}
     for name, times in parts.items():
-        if name == "local" or name.startswith(("salience_", "size_penalty")):
+        if name == "local" or name.startswith(("salience_", "size_penalty", "norm")):
             times = tuple(max(t - k, 0.0) for t, k in zip(times, parts["merge_k"], strict=True))
         result[name] = times
     return result

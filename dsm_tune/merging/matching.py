@@ -134,48 +134,81 @@ def _rounds(order: Tensor, tiles: Tensor, crosses: Tensor, equal_quota: bool) ->
     return (same & earlier).sum(dim=2).masked_fill(crossing, count)
 
 
-def merge(tokens: Tokens, choice: Choice, prefix: int, centroid: bool = False) -> Tokens:
-    """Merge each source into its destination: the size-weighted mean, summed in float32.
+def merge(
+    tokens: Tokens,
+    choice: Choice,
+    prefix: int,
+    *,
+    weight: Tensor | None = None,
+    norm: str = "free",
+    centroid: bool = False,
+) -> Tokens:
+    """Merge each source into its destination: a weighted mean, summed in float32.
 
     Args:
         tokens: N tokens.
         choice: the r edges.
         prefix: p; these tokens stay as they are, in front.
+        weight: [B, N] float32 > 0, multiplied with the sizes for the weights of the mean.
+        norm: ``free``, or ``mean`` or ``largest``: the merged token is scaled to the weighted mean
+            or the largest of the lengths of what was merged.
         centroid: whether a merged token stands at the weighted mean of the places, instead of
             at its destination's.
 
     Returns:
         N - r tokens: prefix, even tokens that stayed, odd tokens.
     """
-    size = (
-        torch.ones_like(tokens.x[..., 0], dtype=torch.float32)
-        if tokens.size is None
-        else tokens.size
-    )
+    size = tokens.size
+    if size is None:
+        size = torch.ones_like(tokens.x[..., 0], dtype=torch.float32)
     even_size, odd_size = halves(size, prefix)
     slot = torch.arange(odd_size.shape[1], device=size.device).view(1, -1, 1)
-    arriving = (choice.destination.unsqueeze(1) == slot) * even_size.gather(
-        1, choice.source
-    ).unsqueeze(1)
-    total = odd_size + arriving.sum(dim=2)
-    stays, joins = (odd_size / total).unsqueeze(2), arriving / total.unsqueeze(2)
+    arrives = choice.destination.unsqueeze(1) == slot
+    stays, joins = _shares(size if weight is None else size * weight, choice, arrives, prefix)
 
-    def mean(values: Tensor) -> Tensor:
+    def mean(values: Tensor, norm: str = "free") -> Tensor:
         even, odd = halves(values, prefix)
-        sources = _rows(even, choice.source).float()
-        merged = torch.baddbmm(odd.float() * stays, joins, sources).to(values.dtype)
-        return _join(values, choice.kept, merged, prefix)
+        sources, odd = _rows(even, choice.source).float(), odd.float()
+        merged = torch.baddbmm(odd * stays, joins, sources)
+        if norm != "free":
+            lengths = sources.norm(dim=2).unsqueeze(1), odd.norm(dim=2, keepdim=True)
+            merged = _scaled(merged, *lengths, joins, stays, norm)
+        return _join(values, choice.kept, merged.to(values.dtype), prefix)
 
     place = tokens.place
     if place is not None:
-        place = (
-            mean(place) if centroid else _join(place, choice.kept, halves(place, prefix)[1], prefix)
-        )
-    kept_size = torch.cat([size[:, :prefix], even_size.gather(1, choice.kept), total], dim=1)
+        odd_place = halves(place, prefix)[1]
+        place = mean(place) if centroid else _join(place, choice.kept, odd_place, prefix)
+    total = odd_size + (arrives * even_size.gather(1, choice.source).unsqueeze(1)).sum(dim=2)
+    merged_size = torch.cat([size[:, :prefix], even_size.gather(1, choice.kept), total], dim=1)
     origin = None
     if tokens.origin is not None:
         origin = _follow(tokens.origin, _positions(choice, size.shape[1], prefix))
-    return Tokens(mean(tokens.x), kept_size, place, origin)
+    return Tokens(mean(tokens.x, norm), merged_size, place, origin)
+
+
+def _shares(weight: Tensor, choice: Choice, arrives: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Share of each odd token [B, b, 1] and of each source [B, b, r] in the mean at an odd token.
+
+    An odd token that nothing merges into has the share 1 exactly, and so keeps its bits.
+    """
+    even, odd = halves(weight, prefix)
+    arriving = arrives * even.gather(1, choice.source).unsqueeze(1)
+    total = odd + arriving.sum(dim=2)
+    return (odd / total).unsqueeze(2), arriving / total.unsqueeze(2)
+
+
+def _scaled(
+    merged: Tensor, source: Tensor, odd: Tensor, joins: Tensor, stays: Tensor, norm: str
+) -> Tensor:
+    """Scale merged tokens [B, b, C] to the lengths of sources [B, 1, r] and odd tokens [B, b, 1]."""
+    if norm == "mean":
+        wanted = odd * stays + (joins * source).sum(dim=2, keepdim=True)
+    else:
+        longest = (source * (joins > 0)).amax(dim=2, keepdim=True)
+        wanted = torch.maximum(odd, longest)
+    alone = stays == 1
+    return torch.where(alone, merged, merged * (wanted / merged.norm(dim=2, keepdim=True).clamp(min=1e-6)))
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

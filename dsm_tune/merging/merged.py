@@ -93,7 +93,7 @@ class MergedBlocks(nn.Sequential):
             tokens = dataclasses.replace(tokens, place=self._places(tokens.x))
         attention = options.prune_score if step.kind == "prune" else options.attention
         received = None
-        if attention != "norm" and (step.kind == "prune" or options.salience):
+        if attention != "norm" and (step.kind == "prune" or options.needs_attention):
             received = scores.attention_to(attention, parts, log_size)
         if step.kind == "prune" and received is not None:
             return matching.prune(tokens, received[:, prefix:], step.r, prefix)
@@ -116,8 +116,11 @@ class MergedBlocks(nn.Sequential):
         pairs = matching.similarity(feature, prefix)
         if options.size_penalty and tokens.size is not None:
             pairs = pairs - scores.size_penalty(tokens.size, prefix, options.size_penalty)
-        bonus = None
-        if received is not None:
+        bonus = weight = None
+        if received is not None and options.attention_weight:
+            # Relative to the mean, and bounded, so that no power makes all weights vanish.
+            weight = (received * received.shape[1]).clamp(min=1e-3) ** options.attention_weight
+        if received is not None and options.salience:
             bonus = matching.halves(received, prefix)[0] * (-options.salience * received.shape[1])
         tiles = None
         if step.window and tokens.place is not None:
@@ -126,7 +129,14 @@ class MergedBlocks(nn.Sequential):
         choice = matching.choose_edges(
             pairs, step.r, bonus=bonus, tiles=tiles, equal_quota=options.quota == "equal"
         )
-        result = matching.merge(tokens, choice, prefix, options.position == "centroid")
+        result = matching.merge(
+            tokens,
+            choice,
+            prefix,
+            weight=weight,
+            norm=options.norm,
+            centroid=options.position == "centroid",
+        )
         return result if step.block < self.last_local else dataclasses.replace(result, place=None)
 
     def _places(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from dsm_tune.results import Result, Trial, TuneResult
 from dsm_tune.reviewing import points
 from dsm_tune.reviewing.points import COLOURS, KINDS, MARKERS, Point
 
-__all__ = ["pareto_png", "similarity_curve_png", "tokens_png"]
+__all__ = ["pareto_png", "similarity_curve_png", "similarity_curve_svg", "tokens_png"]
 
 DPI = 150
 INCHES = (8.0, 5.0)  # 1200 × 750 pixels
@@ -61,6 +61,20 @@ def similarity_curve_png(curve: Sequence[float], delay: int, title: str = "") ->
         delay: D, the first block that merges.
         title: what the figure says; by default that merging begins at D.
     """
+    return _png(_similarity_curve(curve, delay, title))
+
+
+def similarity_curve_svg(curve: Sequence[float], delay: int, title: str = "") -> bytes:
+    """Return the same figure as :func:`similarity_curve_png`, to be scaled."""
+    stream = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "dsm_tune"}):  # the same bytes on every run
+        _similarity_curve(curve, delay, title).savefig(
+            stream, format="svg", metadata={"Date": None}
+        )
+    return stream.getvalue()
+
+
+def _similarity_curve(curve: Sequence[float], delay: int, title: str) -> Figure:
     message = f"Tokens grow alike from block {delay} on: merging begins there (D = {delay})"
     figure, axes = _page(title or message, "", "block", "mean cosine similarity of tokens")
     blocks = range(len(curve))
@@ -79,7 +93,7 @@ def similarity_curve_png(curve: Sequence[float], delay: int, title: str = "") ->
     axes.set_xlim(-0.5, len(curve) - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axes)
-    return _png(figure)
+    return figure
 
 
 def tokens_png(result: TuneResult) -> bytes:

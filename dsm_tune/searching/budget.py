@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 from dsm_tune.errors import BudgetError
 from dsm_tune.plan import Geometry, Matching, MergePlan, Step
@@ -127,13 +128,16 @@ class Shape:
         """Return the plan of this shape that removes ``total`` tokens, or as many as it can."""
         counts = spread_evenly(self.shares, total)
         steps = tuple(
-            Step(block, self.kinds[block], r, self.windows[block])
+            _step(block, self.kinds[block], r, self.windows[block])
             for block, r in enumerate(counts)
             if r
         )
         return MergePlan(
             model, geometry, steps, self.matching, self.proportional_attention, self.last_block
         )
+
+
+_step = lru_cache(maxsize=1 << 16)(Step)  # a fit makes the same few steps a hundred times
 
 
 def fit(
@@ -165,21 +169,29 @@ def fit(
         The plan, or ``None`` where no plan of this shape is within the limits.
     """
     spend = spend or limits.objective
-    best, best_cost, removed = None, -math.inf, None
-    # A block that is asked for more than it has gives what it has, so that totals above the number
-    # of tokens still change a plan, until every block is asked for all.
-    most = geometry.patches * sum(share > 0 for share in shape.shares)
-    for total in range(most + 1):
-        plan = shape.plan(geometry, total, model)
-        if plan.removed == removed:
-            continue
-        removed, cost = plan.removed, cost_of(plan)
+    best, best_cost = None, -math.inf
+    for plan in _plans(shape, geometry, model):
+        cost = cost_of(plan)
         objective = spend(cost)
         if limits.admit(cost, share) and objective > best_cost:
             best, best_cost = plan, objective
         if objective < REBOUND * best_cost:
             break
     return best
+
+
+def _plans(shape: Shape, geometry: Geometry, model: str) -> Iterator[MergePlan]:
+    """The distinct plans of a shape, by the total that they are asked to remove."""
+    # A block that is asked for more than it has gives what it has, so that totals above the number
+    # of tokens still change a plan, until every block is asked for more than it has.
+    blocks, removed = sum(share > 0 for share in shape.shares), None
+    for total in range(geometry.patches * blocks + 1):
+        plan = shape.plan(geometry, total, model)
+        if plan.removed != removed:
+            removed = plan.removed
+            yield plan
+        elif len(plan.steps) == blocks and all(s.r > removed[s.block] for s in plan.steps):
+            return  # rounding takes one from a block at most, so higher totals change nothing
 
 
 def cheapest(
@@ -191,9 +203,9 @@ def cheapest(
     model: str = "",
 ) -> MergePlan:
     """Return the plan of a shape with the least predicted cost, whatever the limits are."""
-    most = geometry.patches * sum(share > 0 for share in shape.shares)
-    plans = (shape.plan(geometry, total, model) for total in range(most + 1))
-    return min(plans, key=lambda plan: limits.objective(cost_of(plan)))
+    return min(
+        _plans(shape, geometry, model), key=lambda plan: limits.objective(cost_of(plan))
+    )
 
 
 def published_shapes(geometry: Geometry, delay: int) -> dict[str, Shape]:

@@ -14,6 +14,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from ray.util import ActorPool
@@ -107,11 +109,13 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
     workers finish; here both happen in :class:`~dsm_tune.searching.search.Search`.
     """
 
-    def __init__(self, search: Search) -> None:
+    def __init__(self, search: Search, trial_seconds: float) -> None:
         super().__init__()
         self._ot_study = search.study.optuna_study
         self.search = search
+        self.trial_seconds = trial_seconds
         self.jobs: dict[str, Job] = {}
+        self.starts: dict[str, float] = {}
         self.deaths: dict[tuple[int, int], int] = {}
         self.failure: Exception | None = None  # Ray swallows what a searcher raises
 
@@ -134,13 +138,18 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Report what a job gave; run it again if its worker died."""
+        """Report what a job gave; run it again if its worker died before its time was up."""
         job = self.jobs.pop(trial_id, None)
+        start = self.starts.pop(trial_id, None)
         if job is None:
             return
         try:
             if result and "evaluation" in result and not error:
                 self.search.report(job, Evaluation(**json.loads(result["evaluation"])))
+            elif start is not None and time.monotonic() - start >= self.trial_seconds:
+                # The worker's clock starts later than this one: it has ended itself.
+                cause = f"TimeoutError: it took longer than {self.trial_seconds:g} s"
+                self.search.report(job, Evaluation(job.images, error=cause))
             else:
                 self._run_again(job)
         except Exception as failure:
@@ -164,18 +173,39 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
         Path(checkpoint_path).touch()
 
 
-class _Deadline(tune.Callback):  # type: ignore[misc]  # Ray ships no types
-    """Ends a search when its time is up."""
+class _Clock(tune.Callback):  # type: ignore[misc]  # Ray ships no types
+    """Notes when a job starts, and ends a search when its time is up."""
 
-    def __init__(self, search: Search, is_over: Callable[[], bool]) -> None:
-        self.search, self.is_over = search, is_over
+    def __init__(self, jobs: Jobs, is_over: Callable[[], bool]) -> None:
+        self.jobs, self.is_over = jobs, is_over
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.jobs.starts[trial.trial_id] = time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if not self.search.stopped and self.is_over():
-            self.search.stop("time limit reached")
+        if not self.jobs.search.stopped and self.is_over():
+            self.jobs.search.stop("time limit reached")
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # pickled with the searcher, and as little needed
+
+
+class _KeepWorkers(FIFOScheduler):  # type: ignore[misc]  # Ray ships no types
+    """Keeps all workers warm while they wait for the end of a generation.
+
+    Ray Tune ends all idle workers but one where no trial is queued, although more will come. How
+    many it keeps is not part of its interface; should that change, workers start anew again.
+    """
+
+    def __init__(self, workers: int) -> None:
+        super().__init__()
+        self.workers = workers
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        workers, self.workers = self.workers, 0
+        with contextlib.suppress(AttributeError):
+            cache = tune_controller._tune_controller._actor_cache
+            cache.increase_max(trial.placement_group_factory, by=workers)
 
 
 @contextlib.contextmanager
@@ -223,11 +253,12 @@ def run_search(
     if cluster.gpus_per_worker:
         resources["gpu"] = cluster.gpus_per_worker
     with tempfile.TemporaryDirectory(prefix="dsm-tune-") as folder, _interrupts(search):
-        jobs = Jobs(search)
+        jobs = Jobs(search, cluster.trial_seconds)
         tuner = tune.Tuner(
             tune.with_resources(trainable, resources),
             tune_config=tune.TuneConfig(
                 search_alg=jobs,
+                scheduler=_KeepWorkers(cluster.workers),
                 num_samples=-1,
                 max_concurrent_trials=cluster.workers,
                 reuse_actors=True,
@@ -236,7 +267,7 @@ def run_search(
                 name="search",
                 storage_path=folder,
                 verbose=0,
-                callbacks=[_Deadline(search, deadline)],
+                callbacks=[_Clock(jobs, deadline)],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=0),
                 log_to_file=False,

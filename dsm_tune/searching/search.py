@@ -148,6 +148,7 @@ class Search:
         self.on_progress = on_progress
         self.stopped = ""  # why no more jobs are given out
         self._records = {record.number: record for record in study.records()}
+        self._costs: dict[int, Cost] = {}
         self._queue: deque[Job] = deque()
         self._running: dict[tuple[int, int], Job] = {}
         self._advance()
@@ -169,6 +170,9 @@ class Search:
 
     def report(self, job: Job, evaluation: Evaluation) -> None:
         """Take what a job gave; it is stored first."""
+        if evaluation.divergence is not None and not math.isfinite(evaluation.divergence):
+            cause = f"divergence must be a finite number, but got {evaluation.divergence}"
+            evaluation = Evaluation(job.images, seconds=evaluation.seconds, error=cause)
         self.study.store(job.number, evaluation)
         record = self._records[job.number]
         evaluations = {**record.evaluations, evaluation.images: evaluation}
@@ -205,7 +209,9 @@ class Search:
 
     def cost_of(self, record: Record) -> Cost:
         """Predicted cost of a trial's plan."""
-        return self.planner.cost_of(record.plan)
+        if record.number not in self._costs:
+            self._costs[record.number] = self.planner.cost_of(record.plan)
+        return self._costs[record.number]
 
     def _cost(self, record: Record) -> float:
         return self.planner.limits.objective(self.cost_of(record))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dsm_tune.errors import PlanError, SpaceError, nearest
-from dsm_tune.plan import ATTENTIONS, FEATURES, LAST_BLOCKS, POSITIONS, QUOTAS, Geometry, Matching
+from dsm_tune.plan import ATTENTIONS, FEATURES, LAST_BLOCKS, NORMS, POSITIONS, QUOTAS, Geometry, Matching
 from dsm_tune.searching.budget import Shape
 
 __all__ = ["FORMAT", "Choices", "Fidelity", "Range", "Space", "load_space", "space_names"]
@@ -114,6 +114,8 @@ RULES: dict[str, dict[str, Rule]] = {
         "salience": Rule(0, 100, default=0.0),
         "attention": Rule(choices=ATTENTIONS, default="class"),
         "size_penalty": Rule(0, 100, default=0.0),
+        "attention_weight": Rule(0, 100, default=0.0),
+        "norm": Rule(choices=NORMS, default="free"),
         "proportional_attention": Rule(choices=(True, False), default=True),
     },
 }
@@ -271,6 +273,8 @@ def build(params: Mapping[str, Any], geometry: Geometry, delay: int) -> Shape:
         salience=params["salience"],
         attention=params["attention"],
         size_penalty=params["size_penalty"],
+        attention_weight=params["attention_weight"],
+        norm=params["norm"],
         prune_score=params["prune_score"],
     )
     return Shape(

@@ -89,6 +89,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.filterwarnings("ignore", "The constraint value is ignored")
             yield
     finally:
         optuna.logging.set_verbosity(level)
@@ -136,6 +137,7 @@ class Study:
 
     def __init__(self, storage: RDBStorage, study: optuna.Study) -> None:
         self._storage = storage
+        self._ids: dict[int, int] = {}  # in the storage, by number
         self.optuna_study = study
 
     @classmethod
@@ -149,7 +151,10 @@ class Study:
         try:
             with _quiet():
                 study = optuna.create_study(
-                    storage=storage, study_name=name, directions=["minimize", "minimize"]
+                    storage=storage,
+                    study_name=name,
+                    directions=["minimize", "minimize"],
+                    sampler=RandomSampler(),  # draws nothing: that is the mirror's
                 )
                 study.set_metric_names(["divergence", "cost"])
         except optuna.exceptions.DuplicatedStudyError:
@@ -173,7 +178,10 @@ class Study:
         storage = _open(url, create=False)
         with _quiet():
             try:
-                return cls(storage, optuna.load_study(storage=storage, study_name=name))
+                found = optuna.load_study(
+                    storage=storage, study_name=name, sampler=RandomSampler()
+                )
+                return cls(storage, found)
             except KeyError:
                 names = sorted(optuna.get_all_study_names(storage))
         raise StudyError(
@@ -211,17 +219,14 @@ class Study:
             "redrawn": record.redrawn,
         }
         params, distributions = _sampled(space, record.params)
-        self.optuna_study.add_trial(
-            create_trial(
-                state=TrialState.RUNNING,
-                params=params,
-                distributions=distributions,
-                user_attrs=attrs,
-            )
+        trial = create_trial(
+            state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attrs
         )
-        return dataclasses.replace(
-            record, number=len(self.optuna_study.get_trials(deepcopy=False)) - 1
-        )
+        # As `optuna.Study.add_trial` does, which does not tell the number.
+        trial_id = self._storage.create_new_trial(self.optuna_study._study_id, template_trial=trial)
+        number = self._storage.get_trial_number_from_id(trial_id)
+        self._ids[number] = trial_id
+        return dataclasses.replace(record, number=number)
 
     def store(self, number: int, evaluation: Evaluation) -> None:
         """Store what an evaluation gave."""
@@ -250,13 +255,19 @@ class Study:
         if why:
             self._storage.set_trial_user_attr(trial_id, "why", why)
         if state == "complete":
-            OptunaTrial(self.optuna_study, trial_id).set_constraint("budget", excess)
-        self.optuna_study.tell(number, values if state == "complete" else None, state=STATES[state])
+            with _quiet():  # Optuna warns if it is set already, before a crash
+                OptunaTrial(self.optuna_study, trial_id).set_constraint("budget", excess)
+        # Not `optuna.Study.tell`: it asks the storage a dozen times what is known here.
+        self._storage.set_trial_state_values(
+            trial_id, STATES[state], values if state == "complete" else None
+        )
 
     def _id(self, number: int) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(
-            self.optuna_study._study_id, number
-        )
+        if number not in self._ids:
+            self._ids[number] = self._storage.get_trial_id_from_study_id_trial_number(
+                self.optuna_study._study_id, number
+            )
+        return self._ids[number]
 
 
 def _record(trial: optuna.trial.FrozenTrial) -> Record:
@@ -317,7 +328,9 @@ class Mirror:
                     distributions=distributions,
                     values=list(values),
                     # NSGA-II breeds from the generation before; the sampler keeps its number here.
-                    system_attrs={"nsga2:generation": age // max(space.generation, 1)},
+                    system_attrs={
+                        NSGAIISampler._get_generation_key(): age // _population(space)
+                    },
                 )
             )
 
@@ -337,10 +350,14 @@ def _sampler(name: str, space: Space, seed: int) -> BaseSampler:
     if name == "random":
         return RandomSampler(seed=seed)
     if name == "nsga2":
-        return NSGAIISampler(population_size=space.generation, seed=seed)
+        return NSGAIISampler(population_size=_population(space), seed=seed)
     if name == "gp":
         return GPSampler(seed=seed, n_startup_trials=STARTUP)
     return TPESampler(seed=seed, multivariate=True, n_startup_trials=STARTUP)
+
+
+def _population(space: Space) -> int:
+    return max(space.generation, 2)  # it takes two to breed
 
 
 STARTUP = 12  # trials at random before a model of the space is trusted

@@ -6,9 +6,9 @@ Apart from the engine, so that a worker imports neither Optuna nor a database.
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import json
-import os
-import threading
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,10 +29,11 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
     def setup(
         self, config: dict[str, Any], make_evaluate: Any = None, trial_seconds: float = 600.0
     ) -> None:
-        """Build the evaluator once."""
+        """Take the first job; the evaluator is made with it, so that a failure is a result too."""
         self.job = config
         self.trial_seconds = trial_seconds
-        self.evaluate: Evaluate = make_evaluate()
+        self.make_evaluate: Callable[[], Evaluate] = make_evaluate
+        self.evaluate: Evaluate | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next job without a new process."""
@@ -42,17 +43,20 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
     def step(self) -> dict[str, Any]:
         """Evaluate one plan; its own errors are a result."""
         images = self.job["images"]
-        watchdog = threading.Timer(self.trial_seconds, _end_process)
-        watchdog.daemon = True
-        watchdog.start()
+        # A forward that hangs cannot be interrupted from Python and may hold the interpreter's
+        # lock: a thread in C writes the traceback to the worker's log and ends the process.
+        faulthandler.dump_traceback_later(self.trial_seconds, exit=True, file=sys.__stderr__)
         start = time.monotonic()
         try:
+            if self.evaluate is None:
+                self.evaluate = self.make_evaluate()
+                start = time.monotonic()
             evaluation = self.evaluate(MergePlan.from_json(self.job["plan"]), images)
         except Exception as error:  # a trial's own failure must not end the search
             line = (str(error).strip().splitlines() or [""])[0][:300]
             evaluation = Evaluation(images, error=f"{type(error).__name__}: {line}")
         finally:
-            watchdog.cancel()
+            faulthandler.cancel_dump_traceback_later()
         seconds = time.monotonic() - start
         timed = dataclasses.replace(evaluation, seconds=seconds)
         return {"evaluation": json.dumps(dataclasses.asdict(timed)), "done": True}
@@ -62,7 +66,3 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing to load."""
-
-
-def _end_process() -> None:
-    os._exit(70)  # a forward that hangs cannot be interrupted from Python

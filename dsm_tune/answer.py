@@ -84,7 +84,7 @@ class Answer:
         confirmed = self.facts.get("confirmed", {}).get(record.plan.digest)
         latest = record.latest
         full = latest is not None and record.state == "complete"
-        common = {
+        common: dict[str, Any] = {
             "trial": record.number,
             "run_id": self.run_ids.get(record.number),
             "divergence_search": latest.divergence if full and latest is not None else None,
@@ -99,7 +99,7 @@ class Answer:
             plan=record.plan,
             gmacs=record.plan.gmacs,
             latency_ms=LatencyMs(predicted=predicted),
-            **common,  # type: ignore[arg-type]
+            **common,
         )
         feasible = self.limits.excess(Cost(result.gmacs, predicted)) <= 0
         return dataclasses.replace(result, feasible=feasible)
@@ -131,7 +131,7 @@ class Answer:
         return 100 * (1 - result.agreement)
 
     def cost(self, result: Result) -> float:
-        """What the front is ascending in: the bounded latency statistic if there is one, or GMACs."""
+        """What the front is ascending in: the bounded latency statistic, or GMACs."""
         if self.limits.ms is None:
             return result.gmacs
         measured = stat_of(result.latency_ms, self.facts["config"]["latency_stat"])
@@ -154,7 +154,13 @@ class Answer:
 
     @property
     def _own_budget(self) -> bool:
-        return dataclasses.asdict(self.limits) == self.facts["limits"]
+        return bool(dataclasses.asdict(self.limits) == self.facts["limits"])
+
+    @property
+    def _is_reachable(self) -> bool:
+        """Whether the fastest plan that is known meets the budget, by prediction."""
+        fastest = Cost(self.facts["fastest_gmacs"], self.facts.get("fastest_ms"))
+        return self.limits.excess(fastest) <= 0
 
     def choose(self, front: Sequence[Result]) -> Result | None:
         """The feasible plan that the search found closest to dense."""
@@ -213,7 +219,6 @@ class Answer:
         """The ``--json`` document."""
         facts, config = self.facts, self.facts["config"]
         front = self.front()
-        fastest = facts.get("fastest_ms")
         return TuneResult(
             study=self.name,
             status=facts.get("status", "running"),
@@ -230,9 +235,10 @@ class Answer:
                 gmacs=self.limits.gmacs,
                 stat=config["latency_stat"],
                 batch_size=config["batch_size"],
-                satisfiable=facts["satisfiable"] if self._own_budget else bool(front),
+                satisfiable=facts["satisfiable"] if self._own_budget else self._is_reachable,
                 dense_fits=self.reference("dense").feasible,
-                fastest_ms=fastest,
+                fastest_ms=facts.get("fastest_ms"),
+                fastest_gmacs=facts["fastest_gmacs"],
             ),
             dense=self.reference("dense"),
             tome=self.reference("tome"),

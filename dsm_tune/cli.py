@@ -37,7 +37,7 @@ EXAMPLES = """\b
 The first verb is meant where none is given:
   dsm-tune --budget-ms 5              the embedded demo model and its images
   dsm-tune --budget-gflops 60%        60 % of the dense model's multiply-adds
-  dsm-tune --model deit_small_patch16_224 --checkpoint weights.safetensors \\
+  dsm-tune --model deit_small_patch16_224 --checkpoint deit.safetensors \\
            --images photos --budget-gflops 2.7
 `dsm-tune tune --help` lists the options. Exit codes: 0 done, 1 a defect, 2 bad
 input, 3 nothing meets the budget, 130 interrupted and saved."""
@@ -71,9 +71,7 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
         ctx.exit()
 
 
-@click.group(
-    cls=Verbs, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.group(cls=Verbs, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version",
     is_flag=True,
@@ -93,7 +91,7 @@ def verbs() -> None:
 @with_options(options.TUNE)
 @click.pass_context
 def tune(ctx: click.Context, /, **values: Any) -> int:
-    """Find the merge plans that meet a budget, closest to the dense model."""
+    """Find the plans that meet a budget, closest to dense (the default)."""
     given = gather(ctx.command, values)
     config = given.config().absolute(Path.cwd())
 
@@ -109,7 +107,10 @@ def tune(ctx: click.Context, /, **values: Any) -> int:
 @click.argument("study", type=options.Text())
 @with_options(options.RESUMED, options.OUTPUT)
 def resume(study: str, **values: Any) -> int:
-    """Go on after a crash or Ctrl-C, or with more --trials; nothing is done twice."""
+    """Go on after a crash or Ctrl-C, or with more --trials.
+
+    Nothing that has finished is done again.
+    """
     from dsm_tune.config import absolute_storage
 
     changes = {k: v for k, v in values.items() if k not in ("as_json", "verbose", "quiet")}
@@ -127,7 +128,10 @@ def resume(study: str, **values: Any) -> int:
 @click.argument("study", type=options.Text())
 @with_options(options.BUDGETS, (options.STORAGE,), options.OUTPUT)
 def show(study: str, storage: str | None, **values: Any) -> int:
-    """Show a study's answer, also while it runs; another budget picks anew from its front."""
+    """Show a study's answer, also while it runs.
+
+    With a budget, picks anew from what was found, without a new search. Writes nothing.
+    """
     from dsm_tune.answer import show as show_study
 
     budgets = {name: values[name] for name in ("budget_ms", "budget_gflops")}
@@ -146,7 +150,10 @@ def show(study: str, storage: str | None, **values: Any) -> int:
     options.OUTPUT,
 )
 def curve(plot: str | None, as_json: bool | None, **values: Any) -> int:
-    """Show the similarity curve, the delay D, and how stable D is over resampled images."""
+    """Show the similarity curve and the delay D.
+
+    And how stable D is: how often each delay is found when the images are drawn again.
+    """
     if plot is not None:
         if Path(plot).suffix.lower() not in (".png", ".svg"):
             raise ConfigError(f"--plot must end in .png or .svg, but got {plot!r:.80}")
@@ -171,7 +178,10 @@ def curve(plot: str | None, as_json: bool | None, **values: Any) -> int:
     options.LEVEL,
 )
 def profile(output: str, **values: Any) -> int:
-    """Time the parts of a model on this device, for --device-profile elsewhere."""
+    """Time the parts of a model on this device.
+
+    The file is for --device-profile: a tune elsewhere can then predict this device.
+    """
     _check_writable(output, "--output")
     with _terminal(values) as terminal:
         from dsm_tune.tuning import measure_device
@@ -191,7 +201,7 @@ def profile(output: str, **values: Any) -> int:
 @verbs.command()
 @with_options(options.STORES, (options.RAY,), (options.OUTPUT[0],))
 def doctor(as_json: bool | None, **where: str | None) -> int:
-    """Check versions, devices, and whether stores and cluster can be reached."""
+    """Check versions, devices, stores and cluster."""
     import dataclasses
 
     from dsm_tune.diagnosis import diagnose
@@ -217,10 +227,11 @@ def doctor(as_json: bool | None, **where: str | None) -> int:
     ),
     (options.LEVEL[0],),
 )
-def ui(
-    study: str | None, storage: str | None, tracking_uri: str | None, host: str, port: int, **_: Any
-) -> int:
-    """Show the MLflow UI on the store of STUDY, or on --tracking-uri."""
+def ui(study: str | None, storage: str | None, tracking_uri: str | None, **values: Any) -> int:
+    """Serve the MLflow UI on a study's store.
+
+    On the store of STUDY, or on --tracking-uri; for this machine only, unless --host says more.
+    """
     from dsm_tune.config import absolute_storage
     from dsm_tune.mlflow_ui import serve
     from dsm_tune.reviewing.stores import resolve_tracking_uri
@@ -231,7 +242,8 @@ def ui(
         found = load_study(absolute_storage(storage, Path.cwd()), study).facts
         tracking_uri = tracking_uri or found.get("tracking_uri")
     uri = resolve_tracking_uri(tracking_uri, Path.cwd())
-    serve(uri, host, port, verbose=bool(_.get("verbose")), say=click.echo)
+    is_verbose = bool(values["verbose"])
+    serve(uri, values["host"], values["port"], verbose=is_verbose, say=click.echo)
     return DONE
 
 
@@ -258,7 +270,9 @@ def _interrupted(study: str, storage: str | None) -> int:
 
     if storage is not None and study not in study_names(storage):
         return _end("interrupted before anything was stored", INTERRUPTED)
-    return _end(f"interrupted, saved; go on with: {_command('resume', study, storage)}", INTERRUPTED)
+    return _end(
+        f"interrupted, saved; go on with: {_command('resume', study, storage)}", INTERRUPTED
+    )
 
 
 def _command(verb: str, study: str, storage: str | None) -> str:
@@ -293,8 +307,9 @@ def _terminal(values: Any) -> Iterator[Terminal]:
     """What is told goes to stderr; nothing but the result reaches stdout."""
     from dsm_tune.terminal import Terminal
 
-    shown = {name: bool(values.get(name)) for name in ("quiet", "verbose")}
-    with Terminal(sys.stderr, **shown) as terminal, contextlib.redirect_stdout(sys.stderr):
+    quiet, verbose = bool(values.get("quiet")), bool(values.get("verbose"))
+    terminal = Terminal(sys.stderr, quiet=quiet, verbose=verbose)
+    with terminal, contextlib.redirect_stdout(sys.stderr):
         yield terminal
 
 

@@ -111,13 +111,15 @@ class TuneConfig:
                 raise ConfigError(f"{_option(name)} must be a number >= 0, but got {value!r:.60}")
         if self.budget_ms is None and self.budget_gflops is None:
             raise BudgetError(
-                "a budget must be given: --budget-ms (such as 5 or 60%) or --budget-gflops (such as 2.7 or 60%)"
+                "a budget must be given: --budget-ms (such as 5 or 60%) or "
+                "--budget-gflops (such as 2.7 or 60%)"
             )
         if self.images is None and self.model != DEMO_MODEL:
             raise ConfigError("--images must name a folder of calibration images for this --model")
         if self.study is not None and not re.fullmatch(r"[\w.%@+-][\w.%@+ -]{0,199}", self.study):
             raise ConfigError(
-                f"--study must be 1 to 200 letters, digits or . _ % @ + -, but got {self.study!r:.60}"
+                "--study must be 1 to 200 letters, digits or . _ % @ + -, "
+                f"but got {self.study!r:.60}"
             )
 
     @classmethod

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dsm_tune.errors import DsmTuneError
 
-__all__ = ["Check", "diagnose", "version"]
+__all__ = ["Check", "check_database", "diagnose", "version"]
 
 SECONDS = 5.0  # to wait for something on the network
 LEAST_SHM = 256 << 20  # bytes of shared memory that Ray wants for its objects
@@ -92,11 +92,11 @@ def _libraries() -> Iterator[Check]:
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
-            yield Check(name, "failed", f"is not installed; accepted is {accepted or 'any version'}")
+            yield Check(
+                name, "failed", f"is not installed; accepted is {accepted or 'any version'}"
+            )
             continue
-        fits = all(
-            (_numbers(found) >= _numbers(bound)) == (sign == ">=") for sign, bound in bounds
-        )
+        fits = all((_numbers(found) >= _numbers(bound)) == (sign == ">=") for sign, bound in bounds)
         yield Check(
             name, "ok" if fits else "failed", found if fits else f"{found}; accepted is {accepted}"
         )
@@ -148,7 +148,7 @@ def _shared_memory() -> Check:
 def _study_store(url: str | None) -> Check:
     from dsm_tune.config import absolute_storage
 
-    return _database("study store", absolute_storage(url, Path.cwd()))
+    return check_database("study store", absolute_storage(url, Path.cwd()))
 
 
 def _mlflow_store(uri: str | None) -> Check:
@@ -159,7 +159,7 @@ def _mlflow_store(uri: str | None) -> Check:
     except DsmTuneError as error:
         return Check("MLflow store", "failed", str(error))
     if not address.startswith(("http://", "https://")):
-        return _database("MLflow store", address)
+        return check_database("MLflow store", address)
     try:
         with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=SECONDS):
             return Check("MLflow store", "ok", redact(address))
@@ -167,7 +167,8 @@ def _mlflow_store(uri: str | None) -> Check:
         return Check("MLflow store", "failed", f"{redact(address)} does not answer: {_line(error)}")
 
 
-def _database(name: str, url: str) -> Check:
+def check_database(name: str, url: str) -> Check:
+    """Look whether a database can be reached, and an SQLite file read, written or made."""
     import sqlalchemy
 
     from dsm_tune.reviewing.stores import redact
@@ -182,7 +183,9 @@ def _database(name: str, url: str) -> Check:
         finally:
             engine.dispose()
     except Exception as error:  # each driver has its own
-        return Check(name, "failed", f"{redact(url)} must be reachable, but: {redact(_line(error))}")
+        return Check(
+            name, "failed", f"{redact(url)} must be reachable, but: {redact(_line(error))}"
+        )
     return Check(name, "ok", redact(url))
 
 

@@ -94,7 +94,7 @@ class Payload:
         return -(-len(self.labels) // BATCH_SIZE)
 
     def evaluator(self) -> Evaluator:
-        """Unpack; called in a worker, which keeps to one thread so that its bits are the same anywhere."""
+        """Unpack, in a worker: on one thread, so that its bits are the same anywhere."""
         if self.device == "cpu":
             torch.set_num_threads(1)
         model = self.model.to(self.device, getattr(torch, self.dtype))

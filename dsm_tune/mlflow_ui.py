@@ -18,6 +18,7 @@ from dsm_tune.reviewing.stores import redact
 
 __all__ = ["serve"]
 
+WORKERS = ("--workers", "1")  # one person looks
 PATIENCE = 120.0  # seconds for MLflow to open its store and its port
 
 
@@ -38,14 +39,16 @@ def serve(uri: str, host: str, port: int, *, verbose: bool, say: Callable[[str],
     if uri.startswith(("http://", "https://")):
         say(f"the MLflow UI is at {redact(uri)}")
         return
-    if uri.startswith("sqlite:///") and not (file := Path(uri.removeprefix("sqlite:///"))).is_file():
+    if (
+        uri.startswith("sqlite:///")
+        and not (file := Path(uri.removeprefix("sqlite:///"))).is_file()
+    ):
         raise StudyError(f"there is no MLflow store at {file}; `dsm-tune` makes one")
     _claim(host, port)
     with tempfile.TemporaryFile("w+", errors="replace") as log, _sigterm_as_interrupt():
         output = None if verbose else log
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "ui", "--host", host, "--port", str(port)]
-            + ["--workers", "1"],
+            [sys.executable, "-m", "mlflow", "ui", "--host", host, "--port", f"{port}", *WORKERS],
             # In the environment, for it may hold a password, and everyone sees arguments.
             env={**os.environ, "MLFLOW_BACKEND_STORE_URI": uri},
             stdin=subprocess.DEVNULL,

@@ -44,7 +44,7 @@ TIMEOUT = 600.0  # seconds, unless it is the demo
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class Whole(click.ParamType):
+class Whole(click.ParamType[int]):
     """An integer."""
 
     name = "integer"
@@ -58,7 +58,7 @@ class Whole(click.ParamType):
             self.fail(f"must be an integer, but got {value!r:.60}", param, ctx)
 
 
-class Number(click.ParamType):
+class Number(click.ParamType[float]):
     """A number."""
 
     name = "number"
@@ -76,7 +76,7 @@ class Number(click.ParamType):
         return number
 
 
-class Text(click.ParamType):
+class Text(click.ParamType[str]):
     """Text as it is; of a file, a string."""
 
     name = "text"
@@ -88,7 +88,7 @@ class Text(click.ParamType):
         return value
 
 
-class Budget(click.ParamType):
+class Budget(click.ParamType[str]):
     """A number > 0, or a percentage of the dense model; checked at once, kept as it was given."""
 
     name = "budget"
@@ -101,7 +101,7 @@ class Budget(click.ParamType):
         return text
 
 
-class Mapped(click.ParamType):
+class Mapped(click.ParamType[dict[str, Any]]):
     """Keyword arguments: a JSON object, or ``key=value,key=value`` with JSON values."""
 
     name = "mapping"
@@ -140,9 +140,10 @@ def _json_or_text(text: str) -> Any:
 
 def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
     """An option of text, unless it says otherwise, that is left out where it is not given."""
-    if not settings.get("is_flag") and not settings.get("flag_value"):
-        settings.setdefault("type", Text())
-    return click.option(*names, **{"default": None, **settings})
+    settings = (
+        {"default": None} | settings if settings.get("is_flag") else {"type": Text()} | settings
+    )
+    return click.option(*names, **settings)
 
 
 def with_options(*groups: tuple[Callable[..., Any], ...]) -> Callable[[Command], Command]:

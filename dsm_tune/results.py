@@ -141,6 +141,7 @@ class BudgetReport:
     satisfiable: bool
     dense_fits: bool
     fastest_ms: float | None
+    fastest_gmacs: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
@@ -204,7 +205,13 @@ def write_result(result: TuneResult, commands: Iterable[str], *, front: bool = F
 def _table(*headings: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right", vertical="top")
+        broken = heading.replace(" ", "\n") if heading.startswith("within") else heading
+        table.add_column(
+            broken.replace(" (", "\n("),
+            justify="left" if number == 0 else "right",
+            vertical="top",
+            no_wrap=True,
+        )
     return table
 
 
@@ -229,7 +236,7 @@ def _front(result: TuneResult) -> Table:
     held_out = all(one.divergence is not None for one in result.front)
     _, gmacs, latency, _, divergence, agreement, *_ = summary.headings(result)
     if not held_out:
-        divergence += " on search images"
+        divergence += " (search images)"
     table = _table("front", gmacs, latency, divergence, agreement)
     table.add_column("plan", vertical="top")
     for one in result.front:

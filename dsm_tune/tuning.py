@@ -15,6 +15,7 @@ import torch
 
 from dsm_tune.answer import Answer, costing, load_study, parse_budget, resolve_budget, show
 from dsm_tune.config import TuneConfig, absolute_storage
+from dsm_tune.diagnosis import check_database
 from dsm_tune.errors import ConfigError, StudyError
 from dsm_tune.inputs import (
     CURVE_IMAGES,
@@ -23,19 +24,21 @@ from dsm_tune.inputs import (
     dense_batch,
     judge,
     load_inputs,
+    load_model,
     make_evaluate,
     make_evaluators,
 )
 from dsm_tune.measuring.confirm import Target, confirm_latency, device_of, profile_target
 from dsm_tune.measuring.profiling import describe_device
 from dsm_tune.measuring.quality import PerImage, bootstrap_interval
+from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.merging.similarity import (
     delay_stability,
     detect_delay,
     find_transition,
     similarity_curves,
 )
-from dsm_tune.plan import Matching, MergePlan
+from dsm_tune.plan import FEATURES, Geometry, Matching, MergePlan
 from dsm_tune.profile import DeviceProfile, fingerprint_of
 from dsm_tune.results import LatencyMs, Result, TuneResult
 from dsm_tune.reviewing.outcome import artifacts, open_queue
@@ -45,11 +48,12 @@ from dsm_tune.searching import engine
 from dsm_tune.searching.budget import Limits
 from dsm_tune.searching.engine import Cluster, Crew
 from dsm_tune.searching.search import Planner, Progress, Search
-from dsm_tune.searching.space import Choices, Space, load_space
-from dsm_tune.searching.study import Study
+from dsm_tune.searching.space import Choices, load_space
+from dsm_tune.searching.study import Study, study_names
 
-__all__ = ["Listener", "resume", "show", "tune"]
+__all__ = ["Listener", "measure_device", "resume", "show", "tune"]
 
+SEARCH, HELD_OUT = 0, 1  # the image sets, as the crew has them
 MOST_CONFIRMED = 10  # plans of the front that are measured at the end
 DENSE_FITS_SHARE = 0.75  # of the dense GMACs, for the front that is shown where dense fits
 
@@ -106,21 +110,24 @@ def resume(
         storage: database URL; as for :func:`tune`.
         listener: is told what happens.
         clock: returns seconds.
-        changes: options of :class:`TuneConfig` that may change: ``trials``, ``timeout``, ``workers`` …
+        changes: options of :class:`TuneConfig` that may change: ``trials``, ``timeout`` …
 
     Raises:
         StudyError: if there is no such study, or it was made for a module rather than a name.
     """
     url = absolute_storage(storage, Path.cwd())
-    stored = Study.load(url, study).facts["config"]
+    facts = load_study(url, study).facts
+    stored = facts["config"]
     if not stored.get("by_name", True):
         raise StudyError(
-            f"the study {study!r} was made for a module in Python; call dsm_tune.tune with that module"
+            f"the study {study!r} was made for a module in Python; "
+            "call dsm_tune.tune with that module"
         )
     options = {
         **{k: v for k, v in stored.items() if k != "by_name"},
         "study": study,
         "storage": url,
+        "tracking_uri": facts.get("tracking_uri"),  # where its runs are, wherever this one is
     }
     config = TuneConfig.from_dict(
         {**options, **{k: v for k, v in changes.items() if v is not None}}
@@ -136,7 +143,10 @@ class _Tune:
         self.asked = parse_budget(config.budget_ms, config.budget_gflops)
         self.space = load_space(config.search_space)
         self.tracking_uri = resolve_tracking_uri(config.tracking_uri, Path.cwd())
-        self.device = device_of(config.device)
+        self.device = _present(device_of(config.device))
+        self.given_profile = (
+            None if config.device_profile is None else DeviceProfile.load(config.device_profile)
+        )
         self.threads = config.threads or os.cpu_count() or 1
         self.start = clock()
 
@@ -145,14 +155,20 @@ class _Tune:
         inputs = load_inputs(self.config)
         for line in inputs.skipped:
             self.listener.say(f"skipped {line}")
-        study = self._study(inputs)
-        if study.facts.get("status") in ("done", "infeasible") and self._is_complete(study):
-            self.listener.say(f"the study {study.name} is finished already; --trials continues it")
-            return Answer.of(study).result()
+        identity = self._identity(inputs)
+        found = self._find(identity)
+        if found is not None and self._is_complete(found):
+            self.listener.say(f"the study {found.name} is finished already; --trials continues it")
+            return Answer.of(found).result()
         self.cluster = self._cluster()
-        self.earlier_seconds = study.facts.get("seconds", 0.0)
+        if self.given_profile is not None:
+            self.given_profile.check(inputs.geometry, self.config.dtype, self.config.batch_size)
+        if found is None:
+            self._refuse_unusable_store()
         with engine.connected(self.cluster):
-            search_set, holdout_set = self._dense_outputs(inputs)
+            study = found or self._create(identity)  # not before all that can be refused has been
+            self.earlier_seconds = study.facts.get("seconds", 0.0)
+            search_set = self._dense_outputs(SEARCH, self._send(inputs))
             if "limits" not in study.facts:
                 self._prepare(study, inputs)
             study.put("status", "running")
@@ -163,7 +179,7 @@ class _Tune:
                 stopped = self._search(study, inputs, search_set, queue)
                 if stopped == "interrupted":
                     return self._end(study, queue, "interrupted")
-                self._confirm(study, inputs, holdout_set)
+                self._confirm(study, inputs)
                 front = Answer.of(study).front()
                 return self._end(study, queue, "done" if front else "infeasible")
             except BaseException:
@@ -173,39 +189,51 @@ class _Tune:
 
     # -- phases ---------------------------------------------------------------------------------
 
-    def _study(self, inputs: Inputs) -> Study:
-        """Open the study of this name, or make it."""
+    def _identity(self, inputs: Inputs) -> dict[str, Any]:
+        """What a study of this name must have been made with."""
+        digest = inputs.search.digest + inputs.holdout.digest
+        return {**self.config.identity(), "images_digest": digest}
+
+    def _refuse_unusable_store(self) -> None:
+        assert self.config.storage is not None  # `absolute` has set it
+        check = check_database("study store", self.config.storage)
+        if check.status == "failed":
+            raise StudyError(f"--storage must be a usable database: {check.detail}")
+
+    def _create(self, identity: dict[str, Any]) -> Study:
         config = self.config
         assert config.storage is not None  # `absolute` has set it
-        identity = {
-            **config.identity(),
-            "images_digest": inputs.search.digest + inputs.holdout.digest,
+        facts = {
+            "config": {**config.to_dict(), "by_name": isinstance(config.model, str)},
+            "identity": identity,
+            "study_id": os.urandom(16).hex(),
         }
-        try:
-            found = Study.load(config.storage, config.study_name)
-        except StudyError:
-            facts = {
-                "config": {**config.to_dict(), "by_name": isinstance(config.model, str)},
-                "identity": identity,
-                "study_id": os.urandom(16).hex(),
-            }
-            self.listener.say(f"study {config.study_name}")
-            return Study.create(config.storage, config.study_name, facts)
+        self.listener.say(f"study {config.study_name}")
+        return Study.create(config.storage, config.study_name, facts)
+
+    def _find(self, identity: dict[str, Any]) -> Study | None:
+        """Open the study of this name, if there is one."""
+        config = self.config
+        assert config.storage is not None  # `absolute` has set it
+        if config.study_name not in study_names(config.storage):
+            return None
+        found = load_study(config.storage, config.study_name)
         for key, value in identity.items():
             stored = found.facts["identity"].get(key)
-            if (
-                stored != value
-                and key != "model_kwargs"
-                or (key == "model_kwargs" and stored != dict(value))
-            ):
+            if stored != value:
                 raise StudyError(
-                    f"the study {config.study_name!r} exists with another {key}: {stored!r:.80}, not "
-                    f"{value!r:.80}; accepted are the same configuration or another --study"
+                    f"the study {config.study_name!r} exists with another {key}: "
+                    f"{stored!r:.80}, not {value!r:.80}; "
+                    "accepted are the same configuration or another --study"
                 )
         self.listener.say(f"continuing the study {config.study_name}")
         return found
 
     def _is_complete(self, study: Study) -> bool:
+        if study.facts.get("status") not in ("done", "infeasible"):
+            return False
+        if not study.facts["satisfiable"]:
+            return True
         ended = [r for r in study.records() if r.state != "running"]
         return len(ended) >= self.config.trials or bool(study.facts.get("exhausted"))
 
@@ -214,29 +242,21 @@ class _Tune:
         workers = self.config.workers or (gpus or os.cpu_count() or 1)
         return Cluster(self.config.ray_address, workers, min(1.0, gpus / workers) if gpus else 0.0)
 
-    def _dense_outputs(self, inputs: Inputs) -> tuple[Payload, Payload]:
-        """Run the dense model once over both image sets."""
-        count = len(inputs.search) + len(inputs.holdout)
-        self.listener.say(f"dense outputs of {count} images")
-        payloads = [
+    def _send(self, inputs: Inputs) -> list[Payload]:
+        """Start the crew and give it the model and both image sets."""
+        self.payloads = [
             Payload.of(inputs.model, images, self.device, self.config.dtype)
             for images in (inputs.search, inputs.holdout)
         ]
-        items = [
-            (i, batch) for i, payload in enumerate(payloads) for batch in range(payload.batches)
-        ]
-        self.crew = Crew(partial(make_evaluators, payloads), self.cluster)
-        outputs = self.crew.map(dense_batch, items)
-        search, holdout = (
-            dataclasses.replace(
-                payload,
-                dense=np.concatenate(
-                    [o for (j, _), o in zip(items, outputs, strict=True) if j == i]
-                ),
-            )
-            for i, payload in enumerate(payloads)
-        )
-        return search, holdout
+        self.crew = Crew(partial(make_evaluators, self.payloads), self.cluster)
+        return self.payloads
+
+    def _dense_outputs(self, which: int, payloads: list[Payload]) -> Payload:
+        """Run the dense model over one image set, once for all plans."""
+        payload = payloads[which]
+        self.listener.say(f"dense outputs of {len(payload.labels)} images")
+        outputs = self.crew.map(dense_batch, [(which, batch) for batch in range(payload.batches)])
+        return dataclasses.replace(payload, dense=np.concatenate(outputs))
 
     def _prepare(self, study: Study, inputs: Inputs) -> None:
         """Find D, the profile where latency is bounded, and whether the budget can be met."""
@@ -255,7 +275,9 @@ class _Tune:
             f"delay D = {delay} of {geometry.depth} blocks{how}, in {share:.0%} of resamples"
         )
         dense = MergePlan(config.model_name, geometry)
-        profile = self._profile(inputs) if "ms" in self.asked else None
+        profile = self.given_profile
+        if profile is None and "ms" in self.asked:
+            profile = self._profile(inputs)
         dense_ms = None if profile is None else profile.predict(dense)
         limits = resolve_budget(self.asked, dense.gmacs, dense_ms, config.max_drop)
         planner = self._planner(inputs, delay, limits, profile)
@@ -303,8 +325,8 @@ class _Tune:
             f"{limits.gmacs:.3g} GMACs" if limits.gmacs else "",
         ]
         self.listener.say(
-            f"budget {' and '.join(filter(None, wanted))}; dense {have}; fastest reachable {reach}; "
-            f"satisfiable: {'yes' if satisfiable else 'no'}"
+            f"budget {' and '.join(filter(None, wanted))}; dense {have}; "
+            f"fastest reachable {reach}; satisfiable: {'yes' if satisfiable else 'no'}"
         )
 
     def _device_facts(self, profile: DeviceProfile | None) -> dict[str, str]:
@@ -321,18 +343,13 @@ class _Tune:
         return Target(inputs.model, batch, self.device, self.config.dtype, self.threads)
 
     def _profile(self, inputs: Inputs) -> DeviceProfile:
-        """The given profile of the target device, or one that is measured here and now."""
-        config = self.config
-        if config.device_profile is not None:
-            profile = DeviceProfile.load(config.device_profile)
-            profile.check(inputs.geometry, config.dtype, config.batch_size)
-            return profile
-        self.listener.say(f"device profile at batch size {config.batch_size}")
+        """A device profile that is measured here and now."""
+        self.listener.say(f"device profile at batch size {self.config.batch_size}")
         features = self.space.parameters["feature"]
         names = features.values if isinstance(features, Choices) else ("k",)
         matchings = [Matching(feature=name) for name in names]
-        profile = self._alone(
-            profile_target, self._target(inputs), matchings, seconds=_patience(inputs)
+        profile: DeviceProfile = self._alone(
+            profile_target, self._target(inputs), matchings, seconds=_patience(inputs.geometry)
         )
         self.listener.say(
             f"its predictions are off by {profile.error:.0%} at most, on plans measured whole"
@@ -380,10 +397,11 @@ class _Tune:
         profile = None if facts["profile"] is None else DeviceProfile.from_json(facts["profile"])
         planner = self._planner(inputs, facts["delay"], limits, profile)
         size = planner.space.size
-        trials = self.config.trials if facts["satisfiable"] else 0
+        trials = self.config.trials if facts["satisfiable"] else 3  # dense, ToMe and DSM
         self.listener.say(
-            f"searching {'∞' if size == float('inf') else f'{size:.0f}'} shapes of {planner.space.name}: "
-            f"{trials} trials on {len(inputs.search)} images, {self.cluster.workers} workers"
+            f"searching {'∞' if size == float('inf') else f'{size:.0f}'} shapes of "
+            f"{planner.space.name}: {trials} trials on {len(inputs.search)} images, "
+            f"{self.cluster.workers} workers"
         )
 
         def on_progress(progress: Progress) -> None:
@@ -415,7 +433,7 @@ class _Tune:
             study.put("exhausted", search.stopped.startswith("no further"))
         return search.stopped
 
-    def _confirm(self, study: Study, inputs: Inputs, payload: Payload) -> None:
+    def _confirm(self, study: Study, inputs: Inputs) -> None:
         """Measure the front and the references alone, and judge them on held-out images."""
         stored = dict(study.facts.get("confirmed", {}))
         plans = self._to_confirm(study)
@@ -423,11 +441,17 @@ class _Tune:
         if len(known) == len(plans):
             return
         self.listener.say(f"confirming {len(plans)} plans on {len(inputs.holdout)} held-out images")
+        payload = self._dense_outputs(HELD_OUT, self.payloads)
+        assert payload.dense is not None  # `_dense_outputs` has set it
         judged = self.crew.map(partial(judge, dense=payload.dense), plans)
         self.listener.say("timing them alone, in turn with the dense model")
         stat = self.config.latency_stat
         device, timed = self._alone(
-            confirm_latency, self._target(inputs), plans, stat=stat, seconds=4 * _patience(inputs)
+            confirm_latency,
+            self._target(inputs),
+            plans,
+            stat=stat,
+            seconds=4 * _patience(inputs.geometry),
         )
         profile = (
             None
@@ -443,7 +467,7 @@ class _Tune:
         study.put("confirmed", stored)
 
     def _to_confirm(self, study: Study) -> list[MergePlan]:
-        """Dense, ToMe, DSM, then the search's front, thinned to a number that can be measured well."""
+        """Dense, ToMe, DSM, then the front, thinned to a number that can be measured well."""
         answer = Answer.of(study)
         plans = [answer.reference(label).plan for label in ("dense", "tome", "dsm")]
         front = answer.front()
@@ -481,9 +505,35 @@ class _Tune:
         return float(self.earlier_seconds + self.clock() - self.start)
 
 
-def _patience(inputs: Inputs) -> float:
+def measure_device(config: TuneConfig, say: Callable[[str], None]) -> DeviceProfile:
+    """Measure the device profile of a configuration's model, device, dtype and batch size."""
+    device = _present(device_of(config.device))
+    model = load_model(config)
+    geometry = read_geometry(model)
+    size = [patch * geometry.patch for patch in geometry.grid]
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(config.batch_size, 3, *size, generator=generator)
+    threads = config.threads or os.cpu_count() or 1
+    target = Target(model, pixels, device, config.dtype, threads)
+    say(f"timing the parts of {config.model_name} on {device} at batch size {config.batch_size}")
+    matchings = [Matching(feature=name) for name in FEATURES]
+    return profile_target(target, matchings, seconds=2 * _patience(geometry))
+
+
+def _present(device: str) -> str:
+    """Refuse a device that is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda") and int(device.removeprefix("cuda").lstrip(":") or 0) >= count:
+        raise ConfigError(
+            f"--device must be present, but got {device}; accepted are "
+            f"{', '.join(['auto', 'cpu', *(f'cuda:{i}' for i in range(count))])}"
+        )
+    return device
+
+
+def _patience(geometry: Geometry) -> float:
     """Seconds for one kind of timing: more for a model whose forwards are long."""
-    gmacs = MergePlan("", inputs.geometry).gmacs
+    gmacs = MergePlan("", geometry).gmacs
     return 3.0 if gmacs < 0.5 else 10.0
 
 

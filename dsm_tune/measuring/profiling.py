@@ -23,6 +23,7 @@ from dsm_tune.profile import DeviceProfile
 
 __all__ = ["describe_device", "measure_profile"]
 
+WHOLE = "whole"  # key of the calls that run a whole plan
 GRID = 12  # token counts at which parts are timed
 DEVICE_REPEATS = 10  # calls between two waits for a device, so that launches overlap as in a model
 Call = Callable[[], object]
@@ -67,20 +68,24 @@ def measure_profile(
         model: in evaluation mode, on its device and in its dtype.
         pixels: [B, 3, H, W], on the same device and in the same dtype; B is the batch size.
         matchings: what steps will be predicted for; each of their features and terms is timed.
-        seconds: time for the parts; as much again, at most, for whole plans.
+        seconds: time limit, after five rounds.
         clock: returns seconds.
     """
     geometry = backbone.read_geometry(model)
     device = pixels.device
     counts = _grid(geometry)
-    calls = {
+    calls: dict[tuple[str, int], Call] = {
         (part, i): call
         for i, count in enumerate(counts)
         for part, call in _part_calls(model, geometry, pixels, count, matchings)
     }
-    medians = _time_calls(
-        calls, timer_for(device), 1 if device.type == "cpu" else DEVICE_REPEATS, seconds, clock
-    )
+    # Whole plans are timed in the same rounds as the parts: a machine that slows down slows both.
+    plans = _calibration_plans(geometry)
+    whole: dict[tuple[str, int], Call] = {
+        (WHOLE, i): forward_of(merged_view(model, plan), pixels) for i, plan in enumerate(plans)
+    }
+    repeats = 1 if device.type == "cpu" else DEVICE_REPEATS
+    medians = _time_calls({**calls, **whole}, timer_for(device), repeats, seconds, clock)
     parts = {
         part: tuple(medians[part, i] for i in range(len(counts)))
         for part in dict.fromkeys(part for part, _ in calls)
@@ -94,7 +99,7 @@ def measure_profile(
         tokens=counts,
         parts=_subtract_baseline(parts),
     )
-    return _calibrate(profile, model, pixels, seconds, clock)
+    return _calibrate(profile, plans, [medians[key] for key in whole])
 
 
 def _grid(geometry: Geometry) -> tuple[int, ...]:
@@ -196,23 +201,18 @@ def _subtract_baseline(parts: dict[str, tuple[float, ...]]) -> dict[str, tuple[f
     return result
 
 
+def _calibration_plans(geometry: Geometry) -> list[MergePlan]:
+    """Dense, and ToMe's from few tokens to many."""
+    share = geometry.patches / geometry.depth
+    counts = [max(round(share * part), 1) for part in (0.3, 0.5, 0.7, 0.9)]
+    return [MergePlan("", geometry), *(schedules.tome(geometry, r) for r in counts)]
+
+
 def _calibrate(
-    profile: DeviceProfile,
-    model: nn.Module,
-    pixels: Tensor,
-    seconds: float,
-    clock: Callable[[], float],
+    profile: DeviceProfile, plans: Sequence[MergePlan], measured: Sequence[float]
 ) -> DeviceProfile:
     """Scale the sum of parts to whole forwards of a few plans; the largest misfit is the error."""
-    geometry = profile.geometry
-    share = geometry.patches / geometry.depth
-    plans = [MergePlan("", geometry)]
-    plans += [schedules.tome(geometry, max(round(share * part), 1)) for part in (0.4, 0.7, 0.9)]
-    measured = time_plans(model, plans, pixels, seconds=seconds, clock=clock)
-    ratios = [
-        statistics.median(ms) / profile.predict(plan)
-        for plan, ms in zip(plans, measured, strict=True)
-    ]
+    ratios = [ms / profile.predict(plan) for plan, ms in zip(plans, measured, strict=True)]
     scale = statistics.median(ratios)
     error = max(abs(ratio / scale - 1) for ratio in ratios)
     return dataclasses.replace(profile, scale=scale, error=error)

@@ -113,6 +113,11 @@ def answer(result: TuneResult) -> str:
         done = result.trials.get("complete", 0)
         return f"So far no plan is chosen for the budget of {budget}: {done} trials are complete."
     closest = _fastest(result)
+    if result.budget.satisfiable:
+        return (
+            f"{early}None of the {result.trials.get('complete', 0)} plans that were tried meets "
+            f"the budget of {budget}, but {closest} can be reached: search with that budget."
+        )
     return (
         f"{early}Nothing meets the budget of {budget}: the fastest reachable is {closest}, "
         f"the dense model takes {dense}. Nothing is chosen; raise the budget, or "
@@ -160,7 +165,7 @@ def plan_words(plan: MergePlan) -> str:
     words += [f"w={_range(windows)}"] if windows else []
     words += [f"prune×{pruned}"] if (pruned := sum(step.kind == "prune" for step in steps)) else []
     words += [plan.matching.feature] if plan.matching.feature != "k" else []
-    words += [f"λ={plan.matching.salience:g}"] if plan.matching.salience else []
+    words += [f"λ={plan.matching.salience:.2g}"] if plan.matching.salience else []
     words += ["last=prefix"] if plan.last_block == "prefix" else []
     return " ".join(words)
 
@@ -196,6 +201,11 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 def _number(value: float) -> str:
     """Three significant digits, trailing zeros kept: 3.90, 0.0381, 120."""
     return f"{value:#.3g}".rstrip(".") if value else "0"
+
+
+def _short(value: float) -> str:
+    """Three decimals, or three significant digits where these would show nothing."""
+    return f"{value:.3f}" if value >= 0.01 else _number(value)
 
 
 def _latency(one: Result, budget: BudgetReport) -> float | None:
@@ -258,10 +268,10 @@ def _against(chosen: Result, result: TuneResult) -> str:
     for name, other in (("DSM", result.dsm), ("ToMe", result.tome)):
         if other.divergence is None:
             continue
-        others.append(f"{other.divergence:.3f} for {name}")
+        others.append(f"{_short(other.divergence)} for {name}")
         if _overlap(chosen, other):
             overlaps.append(name)
-    text = f"; its {divergence_name(result, unit=True)} is {chosen.divergence:.3f}"
+    text = f"; its {divergence_name(result, unit=True)} is {_short(chosen.divergence)}"
     text += f", against {' and '.join(others)} at the same budget" if others else ""
     return text + (f" (intervals overlap with {' and '.join(overlaps)})" if overlaps else "")
 
@@ -277,6 +287,8 @@ def _overlap(one: Result, other: Result) -> bool:
 def _fastest(result: TuneResult) -> str:
     if result.budget.ms is not None and result.budget.fastest_ms is not None:
         return f"{result.budget.fastest_ms:.3g} ms"
+    if result.budget.ms is None and result.budget.fastest_gmacs is not None:
+        return f"{result.budget.fastest_gmacs:.3g} GMACs"
     known = [result.dense, result.tome, result.dsm, *result.front]
     return _costs(min(known, key=lambda one: one.gmacs), result)
 

@@ -231,7 +231,7 @@ class Search:
                 members = [r for r in self.records() if r.generation == generation]
                 if not self._queue_missing(members):
                     self._close(members)
-            elif len(self._records) >= self.trials:
+            elif self.stopped or len(self._records) >= self.trials:
                 return
             elif not self._fill(
                 max((r.generation for r in self._records.values()), default=-1) + 1

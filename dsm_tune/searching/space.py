@@ -53,6 +53,9 @@ class Range:
             return False
         return self.low <= value <= self.high and (not self.whole or value == int(value))
 
+    def __str__(self) -> str:
+        return f"{'an integer' if self.whole else 'a number'} from {self.low:g} to {self.high:g}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
@@ -71,6 +74,9 @@ class Choices:
     def admits(self, value: object) -> bool:
         """Whether a value is one of these."""
         return any(value == choice and type(value) is type(choice) for choice in self.values)
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(str, self.values))}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,7 +341,7 @@ def parse_space(content: bytes, name: str, where: str) -> Space:
         ) from None
     if document.get("format") != FORMAT:
         raise SpaceError(
-            f"{where}: format must be {FORMAT!r}, but got {document.get('format')!r:.60}"
+            f"{where}: format must be {FORMAT!r}, but got {_shown(document.get('format'))}"
         )
     tables = ["format", "description", "search", "fidelity", "enqueue", *RULES]
     _refuse_unknown(document, tables, f"{where}: ")
@@ -358,7 +364,7 @@ def parse_space(content: bytes, name: str, where: str) -> Space:
 def _table(document: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     value = document.get(name, {})
     if not isinstance(value, dict):
-        raise SpaceError(f"{where}: {name} must be a table, but got {value!r:.60}")
+        raise SpaceError(f"{where}: {name} must be a table, but got {_shown(value)}")
     return value
 
 
@@ -372,13 +378,13 @@ def _single(
         value = given.get(key, rule.default)
         accepted = _values_of(value, rule, f"{where}: {name}.{key}")
         if isinstance(value, list):
-            raise SpaceError(f"{where}: {name}.{key} must be a single value, but got {value!r:.60}")
-        result[key] = accepted.values[0] if isinstance(accepted, Choices) else value
+            raise SpaceError(f"{where}: {name}.{key} must be a single value, but got {_shown(value)}")
+        result[key] = accepted.values[0] if isinstance(accepted, Choices) else accepted.low
     return result
 
 
 def _values_of(value: Any, rule: Rule, where: str) -> Range | Choices:
-    problem = SpaceError(f"{where} must be {rule}, but got {value!r:.60}")
+    problem = SpaceError(f"{where} must be {rule}, but got {_shown(value)}")
     if rule.choices:
         values = value if isinstance(value, list) else [value]
         accepted = Choices(rule.choices)
@@ -393,21 +399,29 @@ def _values_of(value: Any, rule: Rule, where: str) -> Range | Choices:
         raise SpaceError(
             f"{where}: low <= high must hold, but got (low={bounds[0]}, high={bounds[1]})"
         )
-    return Range(bounds[0], bounds[1], rule.whole)
+    low, high = (int(b) if rule.whole else float(b) for b in bounds)
+    return Range(low, high, rule.whole)
 
 
 def _enqueued(
     points: Any, parameters: Mapping[str, Range | Choices], where: str
 ) -> tuple[dict[str, Any], ...]:
     if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
-        raise SpaceError(f"{where}: enqueue must be an array of tables, but got {points!r:.60}")
+        raise SpaceError(f"{where}: enqueue must be an array of tables, but got {_shown(points)}")
     for index, point in enumerate(points):
         place = f"{where}: enqueue[{index}]."
         _refuse_unknown(point, list(parameters), place)
         for key, value in point.items():
             if not parameters[key].admits(value):
-                raise SpaceError(f"{place}{key} must be in its own range, but got {value!r:.60}")
+                raise SpaceError(f"{place}{key} must be {parameters[key]}, but got {_shown(value)}")
     return tuple(dict(point) for point in points)
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.60}"
+    except ValueError:  # Python refuses to print an integer of thousands of digits
+        return f"a {type(value).__name__} too large to print"
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -106,6 +106,8 @@ def _open(url: str, *, create: bool) -> RDBStorage:
     if address.get_backend_name() == "sqlite" and not create and not file.is_file():
         raise StudyError(f"there is no study store at {file}; `dsm-tune` makes one")
     try:
+        if not create and not _has_studies(address):  # opening it would make its tables
+            raise StudyError("it holds no studies; `dsm-tune` makes them")
         with _quiet():
             return RDBStorage(url, engine_kwargs={"connect_args": _timeouts(address)})
     except Exception as error:  # drivers raise their own kinds: unreachable, unwritable, malformed
@@ -113,6 +115,14 @@ def _open(url: str, *, create: bool) -> RDBStorage:
             f"the study store {address.render_as_string(hide_password=True)} must be readable and "
             f"writable, but: {_first_line(error)}"
         ) from None
+
+
+def _has_studies(address: sqlalchemy.URL) -> bool:
+    engine = sqlalchemy.create_engine(address, connect_args=_timeouts(address))
+    try:
+        return sqlalchemy.inspect(engine).has_table("studies")
+    finally:
+        engine.dispose()
 
 
 def _timeouts(address: sqlalchemy.URL) -> dict[str, Any]:
@@ -178,9 +188,7 @@ class Study:
         storage = _open(url, create=False)
         with _quiet():
             try:
-                found = optuna.load_study(
-                    storage=storage, study_name=name, sampler=RandomSampler()
-                )
+                found = optuna.load_study(storage=storage, study_name=name, sampler=RandomSampler())
                 return cls(storage, found)
             except KeyError:
                 names = sorted(optuna.get_all_study_names(storage))
@@ -328,11 +336,13 @@ class Mirror:
                     distributions=distributions,
                     values=list(values),
                     # NSGA-II breeds from the generation before; the sampler keeps its number here.
-                    system_attrs={
-                        NSGAIISampler._get_generation_key(): age // _population(space)
-                    },
+                    system_attrs={NSGAIISampler._get_generation_key(): age // _population(space)},
                 )
             )
+        if space.sampler == "nsga2" and told:
+            # The sampler orders parents in one way when it selects them and in another when it
+            # reads them from its cache: fill that, so that no draw depends on an earlier one.
+            self.draw(0)
 
     def draw(self, seed: int, *, at_random: bool = False) -> dict[str, Any]:
         """Draw the parameters of one trial."""

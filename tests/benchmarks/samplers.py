@@ -1,0 +1,134 @@
+"""Which sampler finds more: TPE, NSGA-II, GP and random on the same recorded objective.
+
+``--record N`` evaluates N random plans of the default space on the subject and keeps their
+parameters and divergences in ``recorded_objective.json``. Without it, a regression forest fitted to
+that record stands for the evaluation, so that each sampler sees the very same function; printed is
+the hypervolume after some numbers of trials: median, least and most over seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.ensemble import RandomForestRegressor
+from subject import config, parser
+
+from dsm_tune.inputs import load_inputs
+from dsm_tune.measuring.evaluate import Evaluator
+from dsm_tune.merging.similarity import detect_delay, similarity_curve
+from dsm_tune.plan import Geometry, MergePlan
+from dsm_tune.searching.budget import Cost, Limits
+from dsm_tune.searching.pareto import hypervolume
+from dsm_tune.searching.search import Planner
+from dsm_tune.searching.space import Choices, Space, load_space
+from dsm_tune.searching.study import Mirror, derive_seed
+
+RECORD = Path(__file__).with_name("recorded_objective.json")
+SAMPLERS = ("tpe", "nsga2", "gp", "random")
+MARKS = (16, 32, 48, 64, 96)
+
+
+def planner_for(geometry: Geometry, delay: int, gmacs: float) -> Planner:
+    """Plans of the default space at a budget."""
+    space = load_space("default").bind(geometry, delay)
+    limits = Limits(gmacs=gmacs)
+    return Planner(space, geometry, delay, limits, limits, lambda p: Cost(p.gmacs), "")
+
+
+def record(options: Any) -> None:
+    """Evaluate random plans and write them down; what was written before is kept."""
+    torch.set_num_threads(1)
+    inputs = load_inputs(config(options, budget_gflops=options.budget_gflops))
+    images = inputs.search.take(range(min(options.count, len(inputs.search))))
+    delay = detect_delay(similarity_curve(inputs.model, inputs.search.pixels[:64]))
+    planner = planner_for(inputs.geometry, delay, float(options.budget_gflops))
+    evaluator = Evaluator(inputs.model, images.pixels, images.labels)
+    found = json.loads(RECORD.read_text()) if RECORD.exists() else {"points": []}
+    found["geometry"] = dataclasses.asdict(inputs.geometry)
+    found |= {"delay": delay, "gmacs": float(options.budget_gflops), "images": len(images)}
+    mirror = Mirror(planner.space, [])
+    for index in range(len(found["points"]), options.record):
+        params = mirror.draw(derive_seed(options.seed, index), at_random=True)
+        plan = planner.build(params)
+        if plan is not None:
+            divergence = float(evaluator.evaluate(plan).divergence.mean())
+            found["points"].append({"params": params, "divergence": round(divergence, 5)})
+            RECORD.write_text(json.dumps(found, separators=(",", ":")) + "\n")
+
+
+def vector(params: dict[str, Any], space: Space) -> list[float]:
+    """Parameters as numbers: a column per number and per choice."""
+    columns: list[float] = []
+    for name, kind in space.parameters.items():
+        if isinstance(kind, Choices):
+            columns += [float(params[name] == value) for value in kind.values]
+        else:
+            columns.append(float(params[name]))
+    return columns
+
+
+def run(sampler: str, seed: int, planner: Planner, forest: Any, reference: float) -> list[float]:
+    """Hypervolume after each trial."""
+    space = dataclasses.replace(planner.space, sampler=sampler)
+    dense = MergePlan("", planner.geometry).gmacs
+    told: list[tuple[dict[str, Any], tuple[float, float]]] = []
+    points: list[tuple[float, float]] = []
+    volumes: list[float] = []
+    while len(points) < max(MARKS):
+        mirror = Mirror(space, told)
+        asked = [mirror.draw(derive_seed(seed, len(told), slot)) for slot in range(space.generation)]
+        for params in asked:
+            plan = planner.build(params)
+            if plan is None:
+                continue
+            log_divergence = float(forest.predict([vector(params, space)])[0])
+            told.append((params, (log_divergence, plan.gmacs)))
+            points.append((plan.gmacs, math.exp(log_divergence)))
+            area = hypervolume(points, (dense, reference))
+            volumes.append(area / (dense * reference))
+    return volumes
+
+
+def main() -> None:
+    """Print a table."""
+    options = parser(__doc__ or "")
+    options.add_argument("--record", type=int, default=0)
+    options.add_argument("--count", type=int, default=100, help="images per recorded plan")
+    options.add_argument("--budget-gflops", default="0.71")
+    options.add_argument("--seeds", type=int, default=5)
+    chosen = options.parse_args()
+    if chosen.record:
+        record(chosen)
+        return
+    if not RECORD.exists():
+        sys.exit(f"there is no {RECORD.name}; make it with --record 300")
+    found = json.loads(RECORD.read_text())
+    planner = planner_for(Geometry(**found["geometry"]), found["delay"], found["gmacs"])
+    rows = np.array([vector(point["params"], planner.space) for point in found["points"]])
+    logs = np.log([point["divergence"] for point in found["points"]])
+    forest = RandomForestRegressor(n_estimators=200, random_state=0, oob_score=True).fit(rows, logs)
+    print(f"{len(logs)} recorded plans, out-of-bag R² {forest.oob_score_:.2f}")
+    reference = 2 * math.exp(statistics.median(logs))
+    print("sampler  " + "".join(f"{mark:>22} trials" for mark in MARKS) + "   s/draw")
+    for sampler in SAMPLERS:
+        start = time.perf_counter()
+        runs = [run(sampler, seed, planner, forest, reference) for seed in range(chosen.seeds)]
+        seconds = (time.perf_counter() - start) / (chosen.seeds * len(runs[0]))
+        cells = []
+        for mark in MARKS:
+            values = [volumes[mark - 1] for volumes in runs]
+            cells.append(f"{statistics.median(values):.4f} [{min(values):.4f}, {max(values):.4f}]")
+        print(f"{sampler:8} " + "  ".join(f"{cell:>27}" for cell in cells) + f"  {seconds:.3f}")
+
+
+if __name__ == "__main__":
+    main()

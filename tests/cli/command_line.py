@@ -1,0 +1,72 @@
+"""Runs the real command line: in this process, or in one of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STORES = ("OPTUNA_STORAGE", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RAY_ADDRESS")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one document on stdout."""
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> str:
+        """The one line of an error: exit 2, nothing on stdout."""
+        assert self.code == 2, self
+        assert self.out == "", self
+        assert len(self.err.splitlines()) == 1, self
+        assert self.err.startswith("dsm-tune: error: "), self
+        return self.err.strip()
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, less what would lead a tune elsewhere."""
+    kept = {key: value for key, value in os.environ.items() if key not in STORES}
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), kept.get("PYTHONPATH", "")]))
+    return {**kept, "PYTHONPATH": path, "COLUMNS": "80", **more}
+
+
+def start(*arguments: str, cwd: Path, **more: Any) -> subprocess.Popen[str]:
+    """Start ``dsm-tune`` in a session of its own; output goes to files in the folder above."""
+    command = [sys.executable, "-m", "dsm_tune", *arguments]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment(), text=True, start_new_session=True, **more
+    )
+
+
+def run(*arguments: str, cwd: Path, timeout: float = 280, **more: str) -> Ended:
+    """Run ``dsm-tune`` as a process."""
+    command = [sys.executable, "-m", "dsm_tune", *arguments]
+    done = subprocess.run(
+        command, cwd=cwd, env=environment(**more), text=True, capture_output=True, timeout=timeout
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def contents(folder: Path) -> Mapping[str, str]:
+    """Digests of all files below a folder."""
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }

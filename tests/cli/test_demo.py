@@ -1,0 +1,216 @@
+"""The demo from the first command to the last, through the real command line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Ended, contents, run
+
+from dsm_tune.plan import MergePlan
+
+STUDY = "digits"
+TUNE = ("--budget-gflops", "60%", "--trials", "8", "--study", STUDY, "--json")
+KEYS = ["study", "status", "seconds", "tracking_uri", "parent_run_id", "model", "device", "images", "similarity_curve", "delay", "budget", "dense", "tome", "dsm", "trials", "front", "chosen"]
+RESULT_KEYS = ["run_id", "trial", "gmacs", "latency_ms", "throughput", "divergence", "divergence_search", "agreement", "top1", "feasible", "plan"]
+LATENCY_KEYS = ["p50", "p90", "p99", "low", "high", "predicted", "ratio_to_dense"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def tuned(folder: Path) -> Ended:
+    return run(*TUNE, cwd=folder)
+
+
+def runs(folder: Path) -> list[dict[str, Any]]:
+    """MLflow's runs with their tags, as they lie in its database."""
+    database = sqlite3.connect(f"file:{folder / 'mlflow.db'}?mode=ro", uri=True)
+    try:
+        found = []
+        for run_id, status in database.execute("select run_uuid, status from runs"):
+            rows = database.execute("select key, value from tags where run_uuid = ?", [run_id])
+            found.append({"run_id": run_id, "status": status, "tags": dict(rows.fetchall())})
+        return found
+    finally:
+        database.close()
+
+
+def children(folder: Path, parent: str) -> list[dict[str, Any]]:
+    return [one for one in runs(folder) if one["tags"].get("mlflow.parentRunId") == parent]
+
+
+def is_front(points: list[tuple[float, float]]) -> bool:
+    """Ascending in cost and mutually non-dominated."""
+    return all(
+        first[0] <= second[0] and first[1] >= second[1] and first != second
+        for first, second in itertools.pairwise(points)
+    )
+
+
+def test_json_is_one_document_as_the_interface_says(tuned: Ended) -> None:
+    assert tuned.code == 0, tuned
+    document = tuned.json
+    assert set(KEYS) <= document.keys()
+    assert document["study"] == STUDY
+    assert document["status"] == "done"
+    assert document["images"] == {"search": 399, "holdout": 398, "labelled": True}
+    assert len(document["similarity_curve"]) == 8
+    assert 0 <= document["delay"] <= 8
+    assert document["budget"]["satisfiable"] is True
+    assert document["budget"]["dense_fits"] is False
+    assert document["budget"]["gmacs"] == pytest.approx(0.6 * document["dense"]["gmacs"])
+    for result in (document["dense"], document["tome"], document["dsm"], *document["front"]):
+        assert set(RESULT_KEYS) <= result.keys()
+        assert set(LATENCY_KEYS) <= result["latency_ms"].keys()
+        plan = MergePlan.from_dict(result["plan"])
+        assert plan.gmacs == pytest.approx(result["gmacs"])
+        assert result["latency_ms"]["p50"] > 0
+        assert result["divergence"] >= 0
+        assert 0 <= result["agreement"] <= 1
+    assert document["trials"]["complete"] + document["trials"]["pruned"] == 8
+    assert document["trials"]["failed"] == 0
+
+
+def test_the_front_is_feasible_sorted_and_not_dominated_and_holds_the_choice(tuned: Ended) -> None:
+    document = tuned.json
+    front, chosen = document["front"], document["chosen"]
+    assert front
+    assert is_front([(one["gmacs"], one["divergence"]) for one in front])
+    assert all(one["feasible"] for one in front)
+    assert all(one["gmacs"] <= document["budget"]["gmacs"] for one in front)
+    assert chosen in front
+
+
+def test_mlflow_has_a_parent_and_a_child_for_each_trial(tuned: Ended, folder: Path) -> None:
+    document = tuned.json
+    assert document["tracking_uri"] == f"sqlite:///{folder / 'mlflow.db'}"
+    parents = [one for one in runs(folder) if "mlflow.parentRunId" not in one["tags"]]
+    assert [one["run_id"] for one in parents] == [document["parent_run_id"]]
+    assert parents[0]["status"] == "FINISHED"
+    found = children(folder, document["parent_run_id"])
+    assert len(found) == 8
+    complete = [one for one in found if one["tags"]["state"] == "complete"]
+    assert len(complete) == document["trials"]["complete"]
+    assert {one["tags"]["pareto"] for one in found} <= {"true", "false"}
+    pareto = {one["run_id"] for one in found if one["tags"]["pareto"] == "true"}
+    assert pareto == {one["run_id"] for one in document["front"]}
+    digests = [one["tags"]["plan_digest"] for one in found]
+    assert len(set(digests)) == len(digests)
+
+
+def test_progress_is_plain_lines_of_ours_on_stderr(tuned: Ended) -> None:
+    starts = (
+        f"study {STUDY}",
+        "dense outputs",
+        "delay D",
+        "budget 0.0443 GMACs; dense 0.0738 GMACs; fastest reachable ",
+        "searching",
+        "8/8 trials, best divergence ",
+        "confirming",
+        "timing",
+    )
+    lines = tuned.err.splitlines()
+    assert [line for line in lines if not line.startswith((*starts, *"12345678"))] == []
+    for start in starts:
+        assert any(line.startswith(start) for line in lines), start
+    assert "\x1b" not in tuned.err
+
+
+def test_show_prints_the_same_document_and_writes_nothing(
+    tuned: Ended, folder: Path, call: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    before = contents(folder)
+    shown = call("show", STUDY, "--json")
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.json == tuned.json
+    assert contents(folder) == before
+
+
+def test_show_is_a_table_that_fits_eighty_columns(
+    tuned: Ended, folder: Path, call: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    shown = call("show", STUDY)
+    assert (shown.code, shown.err) == (0, "")
+    lines = shown.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in shown.out
+    for name in ("dense", "ToMe", "DSM", "chosen"):
+        assert any(line.startswith(f"{name} ") for line in lines), name
+    assert any(line.startswith("trial ") and " * " in line for line in lines)
+    assert any(line.startswith(f"  dsm-tune ui {STUDY} ") for line in lines)
+
+
+def test_show_picks_anew_by_another_budget(
+    tuned: Ended, folder: Path, call: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    looser = call("show", STUDY, "--json", "--budget-gmacs", "100%")
+    assert looser.code == 0
+    assert looser.json["chosen"]["divergence_search"] == 0
+    none = call("show", STUDY, "--json", "--budget-gmacs", "1%")
+    assert none.code == 3
+    assert none.json["chosen"] is None
+    assert none.json["front"] == []
+    assert none.json["budget"]["satisfiable"] is False
+    assert "was tuned for latency" in call("show", STUDY, "--budget-ms", "5").error
+
+
+def test_another_configuration_of_the_same_name_is_refused(
+    tuned: Ended, folder: Path, call: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    before = contents(folder)
+    assert "exists with another budget_gflops" in call(*TUNE, "--budget-gmacs", "70%").error
+    assert contents(folder) == before
+
+
+def test_the_same_command_again_does_nothing_twice_and_more_trials_continue(
+    tuned: Ended, folder: Path, call: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    before = contents(folder)
+    again = call(*TUNE)
+    assert again.code == 0
+    assert again.json == tuned.json
+    assert "finished already" in again.err
+    assert contents(folder) == before
+
+    more = run("resume", STUDY, "--trials", "12", "--json", cwd=folder)
+    assert more.code == 0, more
+    document = more.json
+    counts = document["trials"]
+    assert counts["complete"] + counts["pruned"] + counts["failed"] == 12
+    assert document["parent_run_id"] == tuned.json["parent_run_id"]
+    found = children(folder, document["parent_run_id"])
+    assert sorted(int(one["tags"]["dsm_tune.trial"]) for one in found) == list(range(12))
+    pareto = {one["run_id"] for one in found if one["tags"]["pareto"] == "true"}
+    assert pareto == {one["run_id"] for one in document["front"]}
+    digests = [one["tags"]["plan_digest"] for one in found]
+    assert len(set(digests)) == len(digests)
+
+
+def test_a_budget_below_the_reachable_exits_with_three_and_says_what_can_be_reached(
+    folder: Path,
+) -> None:
+    ended = run("--budget-gflops", "1%", "--json", "--trials", "3", cwd=folder)
+    assert ended.code == 3, ended
+    document = ended.json
+    assert document["status"] == "infeasible"
+    assert document["chosen"] is None
+    assert document["front"] == []
+    assert document["budget"]["satisfiable"] is False
+    assert document["dense"]["divergence"] == 0
+    assert document["tome"]["divergence"] > 0
+    assert "satisfiable: no" in ended.err
+    assert json.dumps(document, allow_nan=False)

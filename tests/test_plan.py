@@ -18,6 +18,7 @@ from dsm_tune.plan import (
     FORMAT,
     HEADS,
     LARGEST,
+    NORMS,
     POSITIONS,
     PRUNE_SCORES,
     QUOTAS,
@@ -57,6 +58,8 @@ matchings = st.builds(
     salience=st.sampled_from([0.0, 0.0, 0.25]) | st.floats(0, 100),
     attention=st.sampled_from(ATTENTIONS),
     size_penalty=st.sampled_from([0.0, 0.0, 0.1]) | st.floats(0, 100),
+    attention_weight=st.sampled_from([0.0, 0.0, 1.0]) | st.floats(0, 100),
+    norm=st.sampled_from(NORMS),
     prune_score=st.sampled_from(PRUNE_SCORES),
     seed=st.integers(0, LARGEST),
 )
@@ -139,7 +142,7 @@ def test_the_cost_is_the_closed_form_of_the_method(plan: MergePlan) -> None:
         attention = {"class": n * c, "received": n**2 * c, "norm": 0}
         if step and step.kind == "merge":
             total += ((n + 1) // 2) * (n // 2) * m.feature_width(g)
-            total += attention[m.attention] if m.salience else 0
+            total += attention[m.attention] if m.salience or m.attention_weight else 0
         elif step:
             total += attention[m.prune_score]
     if g.head == "map":
@@ -439,7 +442,9 @@ def effect(plan: MergePlan) -> tuple[Any, ...]:
     if "merge" in kinds:
         options["proportional"] = plan.proportional_attention
         options["penalty"] = m.size_penalty
-        options["salience"] = (m.salience, m.attention) if m.salience else None
+        options["mean"] = (m.attention_weight, m.norm)
+        looks = m.salience or m.attention_weight
+        options["salience"] = (m.salience, m.attention) if looks else None
     if "prune" in kinds:
         options["score"] = m.prune_score
     if "merge" in kinds or ("prune" in kinds and m.prune_score == "norm"):

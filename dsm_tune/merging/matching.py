@@ -16,6 +16,10 @@ from torch import Tensor
 __all__ = ["Choice", "Tokens", "choose_edges", "halves", "merge", "prune", "similarity", "tile"]
 
 
+# A mean of equal places may round to just below them; it must not fall into the tile before.
+PLACE_TOLERANCE = 1e-3
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """The tokens between two blocks and what is known of them.
@@ -80,7 +84,7 @@ def tile(place: Tensor, window: int) -> Tensor:
     Returns:
         [B, n] float32, equal for tokens of one tile.
     """
-    corner = (place / window).floor()
+    corner = ((place + PLACE_TOLERANCE) / window).floor()
     return corner[..., 0] * 4096.0 + corner[..., 1]
 
 

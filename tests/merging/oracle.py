@@ -59,7 +59,8 @@ def run(model: Any, plan: Any, image: torch.Tensor) -> Outcome:
         step = steps.get(index)
         if step is not None and step.kind == "merge":
             r = min(step.r, (len(tokens) - prefix) // 2)
-            tokens = _merge(tokens, _edges(tokens, plan, step, parts, attention, r), prefix, plan)
+            edges = _edges(tokens, plan, step, parts, attention, r)
+            tokens = _merge(tokens, edges, attention, prefix, plan)
             merged_yet = merged_yet or r > 0
         elif step is not None:
             r = min(step.r, max(len(tokens) - prefix - 1, 0))
@@ -130,7 +131,12 @@ def _received(kind: str, attention: np.ndarray, i: int) -> float:
 
 
 def _same_window(a: Token, b: Token, window: int) -> bool:
-    return (a.row // window, a.column // window) == (b.row // window, b.column // window)
+    return _window(a, window) == _window(b, window)
+
+
+def _window(token: Token, window: int) -> tuple[float, float]:
+    """The window of a token; places are known to a thousandth."""
+    return (token.row + 1e-3) // window, (token.column + 1e-3) // window
 
 
 def _edges(
@@ -171,7 +177,7 @@ def _round_robin(edges: list[Edge], tokens: list[Token], window: int) -> list[Ed
         visited, rest = set(), []
         for edge in waiting:
             source = tokens[edge[1]]
-            where = source.row // window, source.column // window
+            where = _window(source, window)
             if where in visited:
                 rest.append(edge)
             else:
@@ -181,19 +187,38 @@ def _round_robin(edges: list[Edge], tokens: list[Token], window: int) -> list[Ed
     return taken
 
 
-def _merge(tokens: list[Token], edges: list[Edge], prefix: int, plan: Any) -> list[Token]:
+def _importance(tokens: list[Token], attention: np.ndarray, plan: Any, i: int) -> float:
+    """Weight of token i in a mean: its size, times a power of the attention it receives."""
+    options = plan.matching
+    if not options.attention_weight:
+        return tokens[i].size
+    relative = max(len(tokens) * _received(options.attention, attention, i), 1e-3)
+    return tokens[i].size * relative**options.attention_weight
+
+
+def _merge(
+    tokens: list[Token], edges: list[Edge], attention: np.ndarray, prefix: int, plan: Any
+) -> list[Token]:
     sources = {a for _, a, _ in edges}
     result = list(tokens[:prefix])
     result += [t for i, t in enumerate(tokens) if i >= prefix and i % 2 == 0 and i not in sources]
     for b in (i for i in range(prefix, len(tokens)) if i % 2 == 1):
-        group = [tokens[b]] + [tokens[a] for _, a, into in edges if into == b]
-        total = sum(token.size for token in group)
-        x = sum(token.x.astype(np.float64) * token.size for token in group) / total
+        indices = [b] + [a for _, a, into in edges if into == b]
+        group = [tokens[i] for i in indices]
+        weights = [_importance(tokens, attention, plan, i) for i in indices]
+        total = sum(weights)
+        pairs = list(zip(group, weights, strict=True))
+        x = sum(token.x.astype(np.float64) * weight for token, weight in pairs) / total
+        lengths = [float(np.linalg.norm(token.x)) for token in group]
+        if plan.matching.norm == "largest":
+            x = x * max(lengths) / np.linalg.norm(x)
+        elif plan.matching.norm == "mean":
+            x = x * np.average(lengths, weights=weights) / np.linalg.norm(x)
         merged = Token(x.astype(np.float32), frozenset().union(*(t.members for t in group)))
         merged.row, merged.column = tokens[b].row, tokens[b].column
         if plan.matching.position == "centroid":
-            merged.row = sum(token.row * token.size for token in group) / total
-            merged.column = sum(token.column * token.size for token in group) / total
+            merged.row = sum(token.row * weight for token, weight in pairs) / total
+            merged.column = sum(token.column * weight for token, weight in pairs) / total
         result.append(merged)
     return result
 

@@ -109,6 +109,18 @@ def test_size_penalty_equals_the_oracle(window: int | None) -> None:
     assert share_that_agrees(ours, logits_of(model, plain, images)) < 1
 
 
+@pytest.mark.parametrize("attention", ["class", "received"])
+@pytest.mark.parametrize("norm", ["free", "mean", "largest"])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_means_weighed_by_attention_and_kept_lengths_equal_the_oracle(
+    attention: str, norm: str, power: float
+) -> None:
+    model = small_vit("class", (14, 14), depth=3)
+    steps = [(block, "merge", 40, 7 if block == 0 else None) for block in range(3)]
+    matching = Matching(attention=attention, attention_weight=power, norm=norm, position="centroid")
+    assert_same(model, plan_for(model, *steps, matching=matching), images_for(model, 10))
+
+
 @pytest.mark.parametrize("score", ["norm", "class", "received"])
 @pytest.mark.parametrize("feature", ["k", "x"])
 def test_pruning_equals_the_oracle(score: str, feature: str) -> None:

@@ -53,6 +53,8 @@ def plans(draw: st.DrawFn) -> tuple[str, MergePlan]:
         quota=draw(st.sampled_from(["equal", "free"])),
         position=draw(st.sampled_from(["destination", "centroid"])),
         salience=draw(st.sampled_from([0.0, 0.5])),
+        attention_weight=draw(st.sampled_from([0.0, 1.0])),
+        norm=draw(st.sampled_from(["free", "mean", "largest"])),
         attention=draw(st.sampled_from(attentions)),
         size_penalty=draw(st.sampled_from([0.0, 0.1])),
         prune_score=draw(st.sampled_from(["norm", *attentions])),
@@ -200,7 +202,14 @@ def test_zero_keys_give_no_nan(feature: str, kind: str) -> None:
             block.attn.qkv.weight.zero_()
             block.attn.qkv.bias.zero_()
     attention = "class" if model.num_prefix_tokens else "received"
-    matching = Matching(feature=feature, salience=0.5, attention=attention, size_penalty=0.1)
+    matching = Matching(
+        feature=feature,
+        salience=0.5,
+        attention=attention,
+        size_penalty=0.1,
+        norm="mean",
+        attention_weight=1.0,
+    )
     plan = plan_for(
         model, (0, "merge", 5, 3), (1, "merge", 3, None), (2, "prune", 2, None), matching=matching
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,17 +11,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from evaluations import IMAGES, Evaluate, evaluate
 from optuna.storages import RDBStorage
 
 from dsm_tune.plan import Geometry, MergePlan
-from dsm_tune.results import Evaluation
 from dsm_tune.searching.budget import Cost, Limits
 from dsm_tune.searching.search import Job, Planner, Progress, Search
 from dsm_tune.searching.space import FORMAT, Space, parse_space
 from dsm_tune.searching.study import Study
 
 GEOMETRY = Geometry((6, 6), 1, 5, 32, 2, 64, 4, 10, "token")
-DELAY, IMAGES, SHARE = 1, 40, 0.75
+DELAY, SHARE = 1, 0.75
 SPACE = f"""
 format = "{FORMAT}"
 [delay]
@@ -45,7 +43,6 @@ keep_share = 0.5
 offset = -1
 feature = "v"
 """
-Evaluate = Callable[[MergePlan, int], Evaluation]
 
 
 def space(text: str = SPACE, **changes: Any) -> Space:
@@ -58,14 +55,6 @@ def planner(of: Space | None = None, share: float = SHARE) -> Planner:
     return Planner(
         of or space(), GEOMETRY, DELAY, limits, limits, lambda plan: Cost(plan.gmacs), "toy"
     )
-
-
-def evaluate(plan: MergePlan, images: int) -> Evaluation:
-    """Grows with what leaves early, with a scatter that is the plan's own and noise by images."""
-    early = sum(r * (5 - block) for block, r in enumerate(plan.removed))
-    scatter = random.Random(f"{plan.digest} {images}").uniform(0.8, 1.2 if images < IMAGES else 1.0)
-    divergence = 1e-3 * early**1.5 * scatter
-    return Evaluation(images, divergence, math.exp(-divergence))
 
 
 def open_search(url: str, *, trials: int = 14, seed: int = 0, **options: Any) -> Search:

@@ -25,7 +25,7 @@ from dsm_tune.searching.search import Progress, Search
 from dsm_tune.searching.study import Study
 
 SAMPLERS = ("tpe", "nsga2", "random", "gp")
-slow_storage = settings(max_examples=6)
+slow_storage = settings(max_examples=5)
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def writes(tmp_path_factory: pytest.TempPathFactory) -> int:
     return count[0]
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(data=st.data(), after=st.booleans())
 def test_a_search_that_crashes_at_any_write_goes_on_with_the_same_trials(
     data: st.DataObject, after: bool, writes: int, undisturbed: Search

@@ -39,8 +39,8 @@ The first verb is meant where none is given:
   dsm-tune --budget-gflops 60%        60 % of the dense model's multiply-adds
   dsm-tune --model deit_small_patch16_224 --checkpoint deit.safetensors \\
            --images photos --budget-gflops 2.7
-`dsm-tune tune --help` lists the options. Exit codes: 0 done, 1 a defect, 2 bad
-input, 3 nothing meets the budget, 130 interrupted and saved."""
+`dsm-tune tune --help` lists the options. Exit codes: 0 done, 1 a defect,
+2 bad input, 3 nothing meets the budget, 130 interrupted and saved."""
 
 
 class Verbs(click.Group):

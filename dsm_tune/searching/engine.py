@@ -61,6 +61,7 @@ def connected(cluster: Cluster) -> Iterator[None]:
     Raises:
         ConfigError: if the cluster cannot be reached.
     """
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial is in the study
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token to the home folder
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # the search ends itself, see _interrupts
@@ -109,14 +110,15 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
     workers finish; here both happen in :class:`~dsm_tune.searching.search.Search`.
     """
 
-    def __init__(self, search: Search, trial_seconds: float) -> None:
+    def __init__(self, search: Search, cluster: Cluster) -> None:
         super().__init__()
         self._ot_study = search.study.optuna_study
         self.search = search
-        self.trial_seconds = trial_seconds
+        self.cluster = cluster
         self.jobs: dict[str, Job] = {}
         self.starts: dict[str, float] = {}
         self.deaths: dict[tuple[int, int], int] = {}
+        self.false_starts = 0  # workers that died before their first job, in a row
         self.failure: Exception | None = None  # Ray swallows what a searcher raises
 
     def set_search_properties(
@@ -143,18 +145,31 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
         start = self.starts.pop(trial_id, None)
         if job is None:
             return
+        limit = self.cluster.trial_seconds
         try:
             if result and "evaluation" in result and not error:
+                self.false_starts = 0
                 self.search.report(job, Evaluation(**json.loads(result["evaluation"])))
-            elif start is not None and time.monotonic() - start >= self.trial_seconds:
+            elif start is None:
+                self._not_started(job)
+            elif time.monotonic() - start >= limit:
                 # The worker's clock starts later than this one: it has ended itself.
-                cause = f"TimeoutError: it took longer than {self.trial_seconds:g} s"
+                cause = f"TimeoutError: it took longer than {limit:g} s"
                 self.search.report(job, Evaluation(job.images, error=cause))
             else:
                 self._run_again(job)
         except Exception as failure:
             self.failure = self.failure or failure
             self.search.stop("failed")
+
+    def _not_started(self, job: Job) -> None:
+        self.search.give_back(job)
+        self.false_starts += 1
+        if self.false_starts > RERUNS * self.cluster.workers:
+            raise ConfigError(
+                f"{self.false_starts} workers in a row have died before their first trial; each "
+                "needs this version of dsm-tune, of Python and of Ray, and memory for the model"
+            )
 
     def _run_again(self, job: Job) -> None:
         key = job.number, job.images
@@ -247,13 +262,13 @@ def run_search(
         return
 
     trainable = tune.with_parameters(
-        Worker, make_evaluate=make_evaluate, trial_seconds=cluster.trial_seconds
+        Worker, shared=[ray.put(make_evaluate)], trial_seconds=cluster.trial_seconds
     )
     resources: dict[str, float] = {"cpu": 1}
     if cluster.gpus_per_worker:
         resources["gpu"] = cluster.gpus_per_worker
     with tempfile.TemporaryDirectory(prefix="dsm-tune-") as folder, _interrupts(search):
-        jobs = Jobs(search, cluster.trial_seconds)
+        jobs = Jobs(search, cluster)
         tuner = tune.Tuner(
             tune.with_resources(trainable, resources),
             tune_config=tune.TuneConfig(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray import tune
 
 from dsm_tune.plan import MergePlan
@@ -27,12 +28,18 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
     """A warm process that evaluates one plan after the other."""
 
     def setup(
-        self, config: dict[str, Any], make_evaluate: Any = None, trial_seconds: float = 600.0
+        self, config: dict[str, Any], shared: Any = None, trial_seconds: float = 600.0
     ) -> None:
-        """Take the first job; the evaluator is made with it, so that a failure is a result too."""
+        """Take the first job; the evaluator is made with it, so that a failure is a result too.
+
+        Args:
+            config: the job.
+            shared: reference to what makes the evaluator, in a list, which Ray does not unpack.
+            trial_seconds: limit of one evaluation.
+        """
         self.job = config
         self.trial_seconds = trial_seconds
-        self.make_evaluate: Callable[[], Evaluate] = make_evaluate
+        self.shared: list[Any] = shared
         self.evaluate: Evaluate | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -49,9 +56,9 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
         start = time.monotonic()
         try:
             if self.evaluate is None:
-                self.evaluate = self.make_evaluate()
+                self.evaluate = ray.get(self.shared[0])()
                 start = time.monotonic()
-            evaluation = self.evaluate(MergePlan.from_json(self.job["plan"]), images)
+            evaluation: Evaluation = self.evaluate(MergePlan.from_json(self.job["plan"]), images)
         except Exception as error:  # a trial's own failure must not end the search
             line = (str(error).strip().splitlines() or [""])[0][:300]
             evaluation = Evaluation(images, error=f"{type(error).__name__}: {line}")

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(*arguments: str, cwd: Path, **more: Any) -> subprocess.Popen[str]:
-    """Start ``dsm-tune`` in a session of its own; output goes to files in the folder above."""
+    """Start ``dsm-tune`` in a session of its own, as a terminal does."""
     command = [sys.executable, "-m", "dsm_tune", *arguments]
     return subprocess.Popen(
         command, cwd=cwd, env=environment(), text=True, start_new_session=True, **more
@@ -70,3 +71,20 @@ def contents(folder: Path) -> Mapping[str, str]:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
+
+
+def runs(folder: Path) -> list[dict[str, Any]]:
+    """MLflow's runs with their tags, as they lie in its database."""
+    database = sqlite3.connect(f"file:{folder / 'mlflow.db'}?mode=ro", uri=True)
+    try:
+        found = []
+        for run_id, status in database.execute("select run_uuid, status from runs"):
+            rows = database.execute("select key, value from tags where run_uuid = ?", [run_id])
+            found.append({"run_id": run_id, "status": status, "tags": dict(rows.fetchall())})
+        return found
+    finally:
+        database.close()
+
+
+def children(folder: Path, parent: str) -> list[dict[str, Any]]:
+    return [one for one in runs(folder) if one["tags"].get("mlflow.parentRunId") == parent]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,5 +18,9 @@ def cluster() -> Iterator[object]:
         from dsm_tune.searching.engine import Cluster, connected
 
         here = Cluster(workers=2)
-        with connected(here):
-            yield here
+        with pytest.MonkeyPatch.context() as patch:
+            beside = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+            path = [*beside, *filter(None, [os.environ.get("PYTHONPATH")])]
+            patch.setenv("PYTHONPATH", os.pathsep.join(path))  # of the workers
+            with connected(here):
+                yield here

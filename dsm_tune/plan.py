@@ -282,7 +282,7 @@ class MergePlan:
 
     @cached_property
     def removed(self) -> tuple[int, ...]:
-        """Tokens that each block really removes (``depth`` values): ``r`` clamped to what is there."""
+        """What each block really removes: ``r`` clamped to what is there (``depth`` values)."""
         wanted = {step.block: step for step in self.steps}
         prefix, count, removed = self.geometry.prefix, self.geometry.tokens, []
         for block in range(self.geometry.depth):
@@ -308,7 +308,7 @@ class MergePlan:
 
     @cached_property
     def macs(self) -> int:
-        """Multiply-adds per image, matching products included; norms and gathers are not counted."""
+        """Multiply-adds per image, matching products included; norms and gathers are not."""
         steps = {step.block: step for step in self.steps}
         return _stem_and_head_macs(self) + sum(
             _block_macs(self, block, steps.get(block)) for block in range(self.geometry.depth)

@@ -29,7 +29,7 @@ def spread_evenly(shares: Sequence[float], total: int) -> tuple[int, ...]:
         return (0,) * len(shares)
     marks = [0, *(math.floor(total * part / whole + 0.5) for part in itertools.accumulate(shares))]
     marks[-1] = total
-    return tuple(high - low for low, high in zip(marks, marks[1:], strict=False))
+    return tuple(high - low for low, high in itertools.pairwise(marks))
 
 
 def tome(
@@ -40,8 +40,8 @@ def tome(
     Args:
         geometry: of the model.
         r: tokens that leave per block, or one number for each block.
-        inflection: from -1 to 1: r changes linearly from ``r (1 - inflection)`` in the first block to
-            ``r (1 + inflection)`` in the last; -1 is ToMe's decreasing schedule. The total is
+        inflection: from -1 to 1: r changes linearly from ``r (1 - inflection)`` in the first block
+            to ``r (1 + inflection)`` in the last; -1 is ToMe's decreasing schedule. The total is
             ``r · depth`` exactly.
         model: label of the plan.
 

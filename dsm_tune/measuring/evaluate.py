@@ -50,9 +50,9 @@ class Evaluator:
         self.labels = labels
         self.batch_size = batch_size
         self.cache_bytes = cache_bytes
-        self._batches = pixels.split(batch_size)
+        self._batches = torch.split(pixels, batch_size)
         self._where = next(model.parameters())
-        self._dense = [] if dense is None else list(dense.split(batch_size))
+        self._dense = [] if dense is None else list(torch.split(dense, batch_size))
         self._kept: dict[tuple[int, int], Tensor] = {}  # (block, batch): tokens entering the block
 
     @torch.inference_mode()
@@ -65,7 +65,7 @@ class Evaluator:
 
     def know_dense(self, outputs: Tensor) -> None:
         """Take the dense outputs [N, K] from elsewhere."""
-        self._dense = list(outputs.split(self.batch_size))
+        self._dense = list(torch.split(outputs, self.batch_size))
 
     @torch.inference_mode()
     def dense_batch(self, batch: int) -> Tensor:
@@ -104,7 +104,7 @@ class Evaluator:
         return self._batches[batch].to(self._where.device, self._where.dtype)
 
     def _entering(self, block: int, batch: int) -> Tensor | None:
-        """Tokens of the dense model that enter a block, or ``None`` if there is no room to keep them."""
+        """Tokens of the dense model that enter a block; ``None`` if there is no room for them."""
         found = self._kept.get((block, batch))
         if found is not None:
             return found

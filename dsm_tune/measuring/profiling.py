@@ -1,4 +1,4 @@
-"""Measures a device profile: the parts of a model on a grid of token counts, then a few whole plans."""
+"""Measures a device profile: parts of a model on a grid of token counts, and a few whole plans."""
 
 from __future__ import annotations
 
@@ -114,9 +114,9 @@ def _part_calls(
 ) -> Iterable[tuple[str, Call]]:
     parts: Any = model
     block = parts.blocks[geometry.depth // 2]
-    options = {"device": pixels.device, "dtype": pixels.dtype}
     generator = torch.Generator().manual_seed(count)
-    x = torch.randn(len(pixels), count, geometry.width, generator=generator).to(**options)
+    x = torch.randn(len(pixels), count, geometry.width, generator=generator)
+    x = x.to(pixels.device, pixels.dtype)
     size = torch.ones(len(pixels), count, device=pixels.device)
     log_size = size.log()
     yield "attention", partial(backbone.attend, block, x, None)
@@ -163,7 +163,11 @@ def _steps(
     yield "norm", Matching(norm="mean"), merge
     attentions = [a for a in ATTENTIONS if a != "class" or geometry.prefix]
     for attention in attentions:
-        yield f"salience_{attention}", Matching(salience=0.1, attention_weight=1.0, attention=attention), merge
+        yield (
+            f"salience_{attention}",
+            Matching(salience=0.1, attention_weight=1.0, attention=attention),
+            merge,
+        )
     for score in ("norm", *attentions):
         yield f"prune_{score}", Matching(prune_score=score), Step(0, "prune", r)
 

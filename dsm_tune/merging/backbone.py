@@ -23,7 +23,7 @@ __all__ = ["Projections", "attend", "attend_prefix", "feed_forward", "read_geome
 
 @dataclasses.dataclass(frozen=True)
 class Projections:
-    """Queries, keys (both after qk-norm) and values of a block: [B, H, N, d] each, and its scale."""
+    """Queries, keys (after qk-norm) and values of a block: [B, H, N, d] each, and its scale."""
 
     q: Tensor
     k: Tensor

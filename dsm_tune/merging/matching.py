@@ -205,14 +205,16 @@ def _shares(weight: Tensor, choice: Choice, arrives: Tensor, prefix: int) -> tup
 def _scaled(
     merged: Tensor, source: Tensor, odd: Tensor, joins: Tensor, stays: Tensor, norm: str
 ) -> Tensor:
-    """Scale merged tokens [B, b, C] to the lengths of sources [B, 1, r] and odd tokens [B, b, 1]."""
+    """Scale merged tokens [B, b, C] to lengths of sources [B, 1, r] and odd tokens [B, b, 1]."""
     if norm == "mean":
         wanted = odd * stays + (joins * source).sum(dim=2, keepdim=True)
     else:
         longest = (source * (joins > 0)).amax(dim=2, keepdim=True)
         wanted = torch.maximum(odd, longest)
     alone = stays == 1
-    return torch.where(alone, merged, merged * (wanted / merged.norm(dim=2, keepdim=True).clamp(min=1e-6)))
+    return torch.where(
+        alone, merged, merged * (wanted / merged.norm(dim=2, keepdim=True).clamp(min=1e-6))
+    )
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

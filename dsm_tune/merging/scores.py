@@ -59,7 +59,7 @@ def attention_to(kind: str, parts: Projections, log_size: Tensor | None) -> Tens
 
 
 def size_penalty(size: Tensor, prefix: int, beta: float) -> Tensor:
-    """``β log(s_a s_b / (s_a + s_b))`` for each pair of an even and an odd patch token: [B, a, b]."""
+    """``β log(s_a s_b / (s_a + s_b))`` for each pair of an even and an odd token: [B, a, b]."""
     even, odd = halves(size, prefix)
     even, odd = even.unsqueeze(2), odd.unsqueeze(1)
     return beta * (even * odd / (even + odd)).log()

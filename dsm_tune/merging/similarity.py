@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,7 +113,7 @@ def _rises_after_a_fall(curve: list[float]) -> list[tuple[int, int]]:
     if rising is None:
         return []
     turns.append(high if rising else low)
-    swings = list(zip(turns, turns[1:], strict=False))
+    swings = list(itertools.pairwise(turns))
     return [
         (start, end) for n, (start, end) in enumerate(swings) if n > 0 and curve[end] > curve[start]
     ]

@@ -49,7 +49,7 @@ def parse_limit(text: str | float, option: str) -> Limit:
         number = math.nan
     if not 0 < number < math.inf:
         raise BudgetError(
-            f"{option} must be a number > 0 or a percentage of the dense model, but got {raw!r:.60}; "
+            f"{option} must be a number > 0 or a percentage of dense, but got {raw!r:.60}; "
             "accepted are for example 5 and 60%"
         )
     return Limit(number / 100, True) if raw.endswith("%") else Limit(number)
@@ -120,7 +120,7 @@ class Shape:
     shares: tuple[float, ...]
     kinds: tuple[str, ...]
     windows: tuple[int | None, ...]
-    matching: Matching = Matching()
+    matching: Matching = dataclasses.field(default_factory=Matching)
     proportional_attention: bool = True
     last_block: str = "all"
 
@@ -203,9 +203,7 @@ def cheapest(
     model: str = "",
 ) -> MergePlan:
     """Return the plan of a shape with the least predicted cost, whatever the limits are."""
-    return min(
-        _plans(shape, geometry, model), key=lambda plan: limits.objective(cost_of(plan))
-    )
+    return min(_plans(shape, geometry, model), key=lambda plan: limits.objective(cost_of(plan)))
 
 
 def published_shapes(geometry: Geometry, delay: int) -> dict[str, Shape]:

@@ -225,7 +225,7 @@ class _KeepWorkers(FIFOScheduler):  # type: ignore[misc]  # Ray ships no types
 
 @contextlib.contextmanager
 def _interrupts(search: Search) -> Iterator[None]:
-    """The first Ctrl-C lets running jobs finish, the second ends at once; both leave the study whole."""
+    """The first Ctrl-C lets running jobs finish, the second ends at once; the study stays whole."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -294,13 +294,13 @@ def run_search(
 
 
 def run_alone(function: Callable[..., Any], *arguments: Any, cpus: int, gpus: float = 0.0) -> Any:
-    """Call a function in a fresh process with nothing else running beside it; returns its result."""
+    """Call a function in a fresh process, with no trial running beside it; returns its result."""
 
-    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1)
     def call(*arguments: Any) -> Any:
         return function(*arguments)
 
-    return ray.get(call.remote(*arguments))
+    alone = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1)(call)
+    return ray.get(alone.remote(*arguments))
 
 
 class Crew:

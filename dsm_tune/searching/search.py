@@ -222,7 +222,7 @@ class Search:
     # -- generations ----------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Queue what the current generation still needs; when it needs nothing, end it, ask the next."""
+        """Queue what the generation still needs; when it needs nothing, end it and ask the next."""
         while not self._queue:
             open_records = [r for r in self.records() if r.state == "running"]
             if open_records:
@@ -314,7 +314,7 @@ class Search:
         )
 
     def _queue_missing(self, members: list[Record]) -> bool:
-        """Queue the evaluations that a generation lacks at its present stage; whether there are any."""
+        """Queue the evaluations that a generation lacks at its present stage; whether any."""
         few = self.images if members[0].generation == 0 else self._few()
         missing = [r for r in members if r.state == "running" and few not in r.evaluations]
         if not missing and few < self.images:
@@ -365,7 +365,7 @@ class Search:
         return Progress(len(ended), self.trials, least, self.hypervolume(), record)
 
     def hypervolume(self) -> float:
-        """Of the feasible front, up to the dense cost and twice the worse of ToMe's and DSM's divergence.
+        """Of the feasible front, up to dense cost and twice the worse of ToMe's and DSM's loss.
 
         Relative to that rectangle: 1 would be a free plan without any divergence.
         """

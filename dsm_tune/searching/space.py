@@ -14,8 +14,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-from dsm_tune.errors import PlanError, SpaceError, nearest
-from dsm_tune.plan import ATTENTIONS, FEATURES, LAST_BLOCKS, NORMS, POSITIONS, QUOTAS, Geometry, Matching
+from dsm_tune.errors import SpaceError, nearest
+from dsm_tune.plan import (
+    ATTENTIONS,
+    FEATURES,
+    LAST_BLOCKS,
+    NORMS,
+    POSITIONS,
+    QUOTAS,
+    Geometry,
+    Matching,
+)
 from dsm_tune.searching.budget import Shape
 
 __all__ = ["FORMAT", "Choices", "Fidelity", "Range", "Space", "load_space", "space_names"]
@@ -204,7 +213,7 @@ class Space:
         return {name: kind.draw(trial, name) for name, kind in self.parameters.items()}
 
     def complete(self, point: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all parameters of a point that names some: the rest is the paper's, if it may be."""
+        """Return all parameters of a point that names some: the rest is the paper's, if it may."""
         whole = {}
         for name, kind in self.parameters.items():
             value = point.get(name, DEFAULTS.get(name, 0.0))
@@ -378,7 +387,9 @@ def _single(
         value = given.get(key, rule.default)
         accepted = _values_of(value, rule, f"{where}: {name}.{key}")
         if isinstance(value, list):
-            raise SpaceError(f"{where}: {name}.{key} must be a single value, but got {_shown(value)}")
+            raise SpaceError(
+                f"{where}: {name}.{key} must be a single value, but got {_shown(value)}"
+            )
         result[key] = accepted.values[0] if isinstance(accepted, Choices) else accepted.low
     return result
 

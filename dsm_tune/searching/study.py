@@ -100,7 +100,8 @@ def _open(url: str, *, create: bool) -> RDBStorage:
         address = sqlalchemy.engine.make_url(url)
     except sqlalchemy.exc.ArgumentError:
         raise StudyError(
-            f"--storage must be a database URL such as sqlite:////tmp/dsm_tune.db, but got {url!r:.80}"
+            "--storage must be a database URL such as sqlite:////tmp/dsm_tune.db, "
+            f"but got {url!r:.80}"
         ) from None
     file = Path(address.database or "")
     if address.get_backend_name() == "sqlite" and not create and not file.is_file():

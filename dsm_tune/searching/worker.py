@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import json
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -52,7 +51,7 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
         images = self.job["images"]
         # A forward that hangs cannot be interrupted from Python and may hold the interpreter's
         # lock: a thread in C writes the traceback to the worker's log and ends the process.
-        faulthandler.dump_traceback_later(self.trial_seconds, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self.trial_seconds, exit=True, file=2)
         start = time.monotonic()
         try:
             if self.evaluate is None:

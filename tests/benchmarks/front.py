@@ -67,7 +67,8 @@ def main() -> None:
     for name, one in [("tome", result.tome), ("dsm", result.dsm), ("chosen", result.chosen)]:
         found[name] = evaluator.evaluate(one.plan).divergence
         print(
-            f"{name:8} {one.plan.gmacs:.4f} GMACs  divergence {found[name].mean():.4f}  {one.plan.removed}"
+            f"{name:8} {one.plan.gmacs:.4f} GMACs  divergence {found[name].mean():.4f}  "
+            f"{one.plan.removed}"
         )
     print(f"chosen / DSM  {ratio(found['chosen'], found['dsm'], chosen.seed)}")
     print(f"chosen / ToMe {ratio(found['chosen'], found['tome'], chosen.seed)}")

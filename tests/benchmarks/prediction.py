@@ -64,7 +64,8 @@ def main() -> int:
         repeats.append(abs(one / other - 1))
         print(
             f"{plan.gmacs:.3f} GMACs  predicted {predicted:8.2f} ms  measured {measured:8.2f} ms  "
-            f"error {predicted / measured - 1:+.1%}  twice {one / other - 1:+.1%}  {plan.matching.feature}"
+            f"error {predicted / measured - 1:+.1%}  twice {one / other - 1:+.1%}  "
+            f"{plan.matching.feature}"
         )
     middle, worst = statistics.median(errors[1:]), max(errors[1:])
     bars = max(0.05, 1.5 * statistics.median(repeats)), max(0.12, 1.5 * max(repeats))

@@ -85,7 +85,9 @@ def run(sampler: str, seed: int, planner: Planner, forest: Any, reference: float
     volumes: list[float] = []
     while len(points) < max(MARKS):
         mirror = Mirror(space, told)
-        asked = [mirror.draw(derive_seed(seed, len(told), slot)) for slot in range(space.generation)]
+        asked = [
+            mirror.draw(derive_seed(seed, len(told), slot)) for slot in range(space.generation)
+        ]
         for params in asked:
             plan = planner.build(params)
             if plan is None:

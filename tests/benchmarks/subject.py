@@ -1,4 +1,4 @@
-"""The model and images that a benchmark runs on: DeiT-Ti and photographs beside the checkout, or any."""
+"""What a benchmark runs on: DeiT-Ti and photographs beside the checkout, or any."""
 
 from __future__ import annotations
 

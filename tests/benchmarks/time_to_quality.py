@@ -52,7 +52,7 @@ class Watch:
 
 
 def plain_loop(options: object, asked: object, trials: int, folder: Path) -> tuple[float, float]:
-    """Seconds and hypervolume of a plain loop; its trials are kept as records to be compared alike."""
+    """Seconds and hypervolume of a plain loop; its trials become records, to be compared alike."""
     start = time.monotonic()
     torch.set_num_threads(os.cpu_count() or 1)
     inputs = load_inputs(asked)  # type: ignore[arg-type]

@@ -288,7 +288,7 @@ def test_trials_csv_has_a_line_per_trial_and_a_column_per_param() -> None:
     trials[4] = dataclasses.replace(trials[4], why='=HYPERLINK("x"),\nmore', params={"delay": -1})
     lines = list(csv.DictReader(io.StringIO(report.trials_csv(trials))))
     assert len(lines) == 12
-    assert lines[4]["why"] == "'=HYPERLINK(\"x\"),\nmore"
+    assert lines[4]["why"] == '\'=HYPERLINK("x"),\nmore'
     assert (lines[4]["params.delay"], lines[4]["params.salience"]) == ("-1", "")
     assert float(lines[5]["divergence"]) == trials[5].divergence
     assert (lines[1]["feasible"], lines[0]["label"]) == ("true", "dense")

@@ -418,7 +418,9 @@ def test_a_folder_is_refused_with_what_is_accepted_instead(given: str) -> None:
         resolve_tracking_uri(given, Path("/work"), environ={})
 
 
-@pytest.mark.parametrize("given", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite://a.db"])
+@pytest.mark.parametrize(
+    "given", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite://a.db"]
+)
 def test_a_store_that_is_no_file_is_refused(given: str) -> None:
     with pytest.raises(StudyError, match="must name a database file"):
         resolve_tracking_uri(given, Path("/work"), environ={})

@@ -115,7 +115,9 @@ def test_an_unknown_latency_meets_no_bound_on_it() -> None:
 @st.composite
 def shapes(draw: Any, geometry: Geometry) -> Shape:
     depth = geometry.depth
-    shares = draw(st.lists(st.sampled_from([0.0, 0.1, 1.0, 1.7, 8.0]), min_size=depth, max_size=depth))
+    shares = draw(
+        st.lists(st.sampled_from([0.0, 0.1, 1.0, 1.7, 8.0]), min_size=depth, max_size=depth)
+    )
     kinds = draw(st.lists(st.sampled_from(["merge", "prune"]), min_size=depth, max_size=depth))
     windows = draw(st.lists(st.sampled_from([None, 1, 2, 3]), min_size=depth, max_size=depth))
     last = draw(st.sampled_from(["all", "prefix"])) if geometry.reads_prefix_only else "all"
@@ -129,7 +131,9 @@ def shapes(draw: Any, geometry: Geometry) -> Shape:
 def costs(draw: Any, geometry: Geometry) -> Callable[[MergePlan], Cost]:
     """GMACs, and a latency that is a staircase in each block's tokens, with dents up to 15 %."""
     counts = geometry.tokens + 1
-    ups = draw(st.lists(st.sampled_from([0.0, 0.0, 0.0, 0.5, 3.0]), min_size=counts, max_size=counts))
+    ups = draw(
+        st.lists(st.sampled_from([0.0, 0.0, 0.0, 0.5, 3.0]), min_size=counts, max_size=counts)
+    )
     dents = draw(st.lists(st.floats(1.0, 1.15), min_size=counts, max_size=counts))
     rise = [1.0 + up for up in itertools.accumulate(ups)]
     stairs = [up * dent for up, dent in zip(rise, dents, strict=True)]
@@ -149,7 +153,8 @@ def tasks(draw: Any) -> tuple[Geometry, Shape, Callable[[MergePlan], Cost], Limi
     gmacs = draw(st.one_of(st.none(), st.floats(0.3, 1.1))) if draw(st.booleans()) else 0.7
     ms = draw(st.floats(0.3, 1.1)) if gmacs is None or draw(st.booleans()) else None
     limits = Limits(
-        gmacs=None if gmacs is None else gmacs * dense.gmacs, ms=None if ms is None else ms * dense.ms
+        gmacs=None if gmacs is None else gmacs * dense.gmacs,
+        ms=None if ms is None else ms * dense.ms,
     )
     return geometry, shape, cost_of, limits
 

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import evaluations
 import pytest
 import small_search as small
 from evaluations import make, make_nothing
@@ -18,9 +17,11 @@ from evaluations import make, make_nothing
 from dsm_tune.errors import ConfigError
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Evaluation
+from dsm_tune.searching import engine
 from dsm_tune.searching.engine import Cluster, Crew, connected, run_alone, run_search
 from dsm_tune.searching.search import Search
 from dsm_tune.searching.study import Study
+from dsm_tune.searching.worker import Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -54,7 +55,7 @@ def processes(calls: Path) -> set[str]:
     return {file.name.split("-")[2] for file in calls.iterdir()}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_trials_are_those_of_one_process_on_workers_that_stay_warm(
     workers: int, cluster: Cluster, url: str, calls: Path, tmp_path: Path
 ) -> None:
@@ -76,7 +77,7 @@ FAULTS = ("error", "memory", "hangs", "killed once", "killed", "dies afterwards"
 CAUSES = {
     "error": "RuntimeError: it went wrong",
     "memory": "MemoryError: ",
-    "hangs": "TimeoutError: it took longer than 3 s",
+    "hangs": "TimeoutError: it took longer than 2 s",
     "killed": "its worker died 3 times",
 }
 
@@ -87,7 +88,7 @@ def test_a_fault_costs_its_own_trial_at_most_and_is_kept_with_its_cause(
     search = small.open_search(url)
     digests = [r.plan.digest for r in search.records()]
     faults = dict(zip(digests[1:], FAULTS, strict=True))  # dense itself is well
-    run_search(search, partial(make, calls, faults), dataclasses.replace(cluster, trial_seconds=3))
+    run_search(search, partial(make, calls, faults), dataclasses.replace(cluster, trial_seconds=2))
 
     def evaluate(plan: MergePlan, images: int) -> Evaluation:
         cause = CAUSES.get(faults.get(plan.digest, ""))
@@ -140,7 +141,10 @@ def test_a_finished_search_starts_nothing(cluster: Cluster, url: str, calls: Pat
     assert list(calls.iterdir()) == []
 
 
-@pytest.mark.parametrize("where", ["store", "close", "add"])
+@pytest.mark.parametrize(
+    "where",
+    ["store", pytest.param("close", marks=pytest.mark.slow), pytest.param("add", marks=pytest.mark.slow)],
+)
 def test_an_error_of_the_search_itself_is_raised(
     where: str,
     cluster: Cluster,
@@ -166,12 +170,15 @@ def test_an_error_of_the_search_itself_is_raised(
     assert small.story(resumed) == small.story(in_process(tmp_path))
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_once_ends_after_what_runs_and_twice_at_once(
     times: int, cluster: Cluster, url: str, calls: Path, tmp_path: Path
 ) -> None:
-    def interrupt(_: Any) -> None:
-        for _ in range(times):
+    seen: list[Any] = []
+
+    def interrupt(progress: Any) -> None:
+        seen.append(progress)
+        for _ in range(times if len(seen) == 3 else 0):
             signal.raise_signal(signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
@@ -187,6 +194,7 @@ def test_ctrl_c_once_ends_after_what_runs_and_twice_at_once(
     assert small.story(resumed) == small.story(in_process(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_search_runs_outside_the_main_thread_too(
     cluster: Cluster, url: str, calls: Path
 ) -> None:
@@ -202,13 +210,10 @@ def process_and_sum(*numbers: int) -> tuple[int, int]:
 
 
 def test_what_runs_alone_runs_in_a_fresh_process(cluster: Cluster) -> None:
-    run = partial(run_alone, evaluations_sum, cpus=2)
+    run = partial(run_alone, process_and_sum, cpus=2)
     (one, total), (other, _) = run(1, 2), run(3)
     assert total == 3
     assert len({one, other, os.getpid()}) == 3
-
-
-evaluations_sum = process_and_sum
 
 
 def test_a_crew_keeps_what_it_has_made_and_gives_results_in_order(cluster: Cluster) -> None:
@@ -235,6 +240,21 @@ def test_a_session_that_is_open_already_is_used_and_left_open(cluster: Cluster) 
 
 
 @pytest.mark.slow
+def test_workers_that_cannot_start_end_the_search_with_an_error(
+    cluster: Cluster, url: str, calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unable(Worker):
+        def setup(self, *arguments: Any, **options: Any) -> None:
+            raise ImportError("another Python")
+
+    monkeypatch.setattr(engine, "Worker", Unable)
+    with pytest.raises(ConfigError, match="5 workers in a row have died before their first trial"):
+        run_search(small.open_search(url), partial(make, calls, {}), cluster)
+    resumed = small.drive(small.open_search(url))
+    assert small.story(resumed) == small.story(in_process(tmp_path))
+
+
+@pytest.mark.slow
 def test_a_cluster_that_does_not_answer_is_refused_in_one_line() -> None:
     import subprocess
     import sys
@@ -250,5 +270,3 @@ def test_a_cluster_that_does_not_answer_is_refused_in_one_line() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("--ray-address must be a Ray cluster that answers: 127.0.0.1:1:")
     assert done.stdout.count("\n") == 1
-    assert ConfigError is not None
-    assert evaluations is not None

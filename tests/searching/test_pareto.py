@@ -83,7 +83,5 @@ def test_only_the_front_has_hypervolume(some: list[Point]) -> None:
 @pytest.mark.parametrize(
     ("some", "volume"), [([], 0.0), ([(1.0, 1.0)], 6.0), ([(3.0, 0.0)], 0.0), ([(9.0, -5.0)], 0.0)]
 )
-def test_what_is_outside_the_reference_has_no_hypervolume(
-    some: list[Point], volume: float
-) -> None:
+def test_what_is_outside_the_reference_has_no_hypervolume(some: list[Point], volume: float) -> None:
     assert hypervolume(some, (3.0, 4.0)) == volume

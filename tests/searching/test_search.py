@@ -190,7 +190,9 @@ def test_generation_0_is_what_is_known_dense_tome_and_dsm_first(undisturbed: Sea
 def test_as_many_distinct_plans_are_tried_as_were_asked_for(url: str, trials: int) -> None:
     search = small.drive(small.open_search(url, trials=trials))
     digests = {r.plan.digest for r in search.records()}
-    assert len(digests) == len(search.records()) == max(trials, 3)  # the references are always there
+    assert (
+        len(digests) == len(search.records()) == max(trials, 3)
+    )  # the references are always there
     assert not search.stopped
 
 

@@ -165,13 +165,11 @@ class TuneConfig:
     def command(self) -> str:
         """The command line that repeats this tune: what differs from the defaults."""
         words = ["dsm-tune"]
+        values = self.to_dict()
         for field in dataclasses.fields(self):
-            value, default = getattr(self, field.name), field.default
-            if (
-                field.name in ("storage", "tracking_uri", "ray_address")
-                or value == default
-                or not value
-            ):
+            value, default = values[field.name], field.default
+            private = field.name in ("storage", "tracking_uri", "ray_address")
+            if private or value in (None, {}, default):
                 continue
             shown = value if isinstance(value, str) else json.dumps(value, default=str)
             words.append(_option(field.name) + ("" if value is True else f" {shlex.quote(shown)}"))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dsm_tune.errors import DsmTuneError
 
-__all__ = ["Check", "check_database", "diagnose", "version"]
+__all__ = ["Check", "check_cluster", "check_database", "diagnose", "version"]
 
 SECONDS = 5.0  # to wait for something on the network
 LEAST_SHM = 256 << 20  # bytes of shared memory that Ray wants for its objects
@@ -59,7 +59,7 @@ def diagnose(
     yield _shared_memory()
     yield _study_store(storage)
     yield _mlflow_store(tracking_uri)
-    yield _cluster(ray_address or os.environ.get("RAY_ADDRESS") or None)
+    yield check_cluster(ray_address or os.environ.get("RAY_ADDRESS") or None)
 
 
 # -- libraries ------------------------------------------------------------------------------------
@@ -213,9 +213,11 @@ def _sqlite(name: str, file: Path, url: str) -> Check:
     return Check(name, "ok", url)
 
 
-def _cluster(address: str | None) -> Check:
-    if address in (None, "local"):
-        return Check("Ray", "ok", "a local one is started for each tune")
+def check_cluster(address: str | None) -> Check:
+    """Look whether a cluster answers; Ray itself would try for minutes."""
+    if address in (None, "local", "auto"):
+        found = "a running one is looked for" if address == "auto" else "a local one is started"
+        return Check("Ray", "ok", f"{found} for each tune")
     host, mark, port = str(address).removeprefix("ray://").rpartition(":")
     if not mark or not port.isdigit():
         return Check("Ray", "failed", f"--ray-address must be HOST:PORT, but got {address!r:.80}")

@@ -56,8 +56,15 @@ class DeviceProfile:
 
     def __post_init__(self) -> None:
         counts = list(self.tokens)
-        if not counts or counts != sorted(set(counts)) or counts[0] < 1:
+        whole = all(isinstance(count, int) and count >= 1 for count in counts)
+        if not counts or not whole or counts != sorted(set(counts)):
             raise ProfileError(f"tokens must be ascending counts, but got {counts!r:.80}")
+        if not isinstance(self.device, dict):
+            raise ProfileError(f"device must be a JSON object, but got {self.device!r:.80}")
+        for name, low in [("scale", 1e-6), ("error", 0.0)]:
+            number = getattr(self, name)
+            if not isinstance(number, (int, float)) or not low <= number < 1e6:
+                raise ProfileError(f"{name} must be a number from {low:g}, but got {number!r:.80}")
         for name in PARTS:
             if name not in self.parts:
                 raise ProfileError(

@@ -28,6 +28,13 @@ __all__ = ["Terminal", "emit", "to_json", "write_curve", "write_result"]
 QUIET_SECONDS = 5.0  # between two lines of progress where there is no bar
 
 
+class _Stderr(Console):
+    """Rich's own way with a reader that has gone is to end the process, stdout first."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class Terminal:
     """Tells what a tune does: a bar on a terminal, plain lines elsewhere. Never raises.
 
@@ -47,7 +54,7 @@ class Terminal:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.quiet, self.verbose, self.clock = quiet, verbose, clock
-        self._console = Console(file=stream, highlight=False, soft_wrap=True)
+        self._console = _Stderr(file=stream, highlight=False, soft_wrap=True)
         self._bar: Bar | None = None
         self._task: Any = None
         self._begin = self._last = clock()

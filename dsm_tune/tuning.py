@@ -15,7 +15,7 @@ import torch
 
 from dsm_tune.answer import Answer, costing, load_study, parse_budget, resolve_budget, show
 from dsm_tune.config import TuneConfig, absolute_storage
-from dsm_tune.diagnosis import check_database
+from dsm_tune.diagnosis import check_cluster, check_database
 from dsm_tune.errors import ConfigError, StudyError
 from dsm_tune.inputs import (
     CURVE_IMAGES,
@@ -163,8 +163,7 @@ class _Tune:
         self.cluster = self._cluster()
         if self.given_profile is not None:
             self.given_profile.check(inputs.geometry, self.config.dtype, self.config.batch_size)
-        if found is None:
-            self._refuse_unusable_store()
+        self._refuse_what_does_not_answer(found is None)
         with engine.connected(self.cluster):
             study = found or self._create(identity)  # not before all that can be refused has been
             self.earlier_seconds = study.facts.get("seconds", 0.0)
@@ -194,8 +193,14 @@ class _Tune:
         digest = inputs.search.digest + inputs.holdout.digest
         return {**self.config.identity(), "images_digest": digest}
 
-    def _refuse_unusable_store(self) -> None:
+    def _refuse_what_does_not_answer(self, is_new: bool) -> None:
+        """Look at the cluster and at a new study's store before anything is begun."""
+        cluster = check_cluster(self.config.ray_address)
+        if cluster.status == "failed":
+            raise ConfigError(f"--ray-address must be a Ray cluster that answers: {cluster.detail}")
         assert self.config.storage is not None  # `absolute` has set it
+        if not is_new:
+            return
         check = check_database("study store", self.config.storage)
         if check.status == "failed":
             raise StudyError(f"--storage must be a usable database: {check.detail}")

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -82,6 +83,7 @@ def connected(cluster: Cluster) -> Iterator[None]:
     else:
         options["address"] = cluster.address
     try:
+        _answers(cluster.address)
         ray.init(**options)
     except Exception as error:  # Ray raises many kinds: refused, timed out, another version
         where = cluster.address or "this machine"
@@ -93,6 +95,13 @@ def connected(cluster: Cluster) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _answers(address: str | None) -> None:
+    """Raise if nothing listens at ``host:port``: Ray itself would try for many minutes."""
+    host, separator, port = (address or "").split("://")[-1].rpartition(":")
+    if separator and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
 
 
 def _store_bytes() -> int:

@@ -59,6 +59,7 @@ def refused(call: Call, *arguments: str) -> str:
         (["curve", "--plot", "no/such/curve.png"], "--plot must be a file that can be written"),
         (["profile", "-o", "/proc"], "--output must be a file that can be written, but /proc"),
         (["ui"], "there is no MLflow store at"),
+        ([*BUDGET, "--ray-address", "127.0.0.1:1"], "--ray-address must be a Ray cluster that"),
         ([*BUDGET, "--tracking-uri", "runs"], "the MLflow tracking URI must not be a folder"),
         ([*BUDGET, "--device-profile", "no.json"], "--device-profile must be a readable file"),
         ([*BUDGET, "--config", "no.toml"], "--config must be a readable file, but no.toml"),
@@ -75,7 +76,7 @@ def test_a_budget_is_a_number_above_zero_or_a_percentage(
     call: Call, option: str, value: str
 ) -> None:
     error = refused(call, option, value)
-    assert "must be a number > 0 or a percentage of the dense model" in error
+    assert "must be a number > 0 or a percentage of dense" in error
     assert repr(value) in error
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -303,7 +304,9 @@ def test_ui_serves_the_store_on_this_machine_only(tmp_path: Path) -> None:
     from dsm_tune.reviewing import stores
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    stores.find_experiment(stores.connect(uri), "digits")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's, about SQLAlchemy
+        stores.find_experiment(stores.connect(uri), "digits")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
         taken = start("ui", "--port", f"{port}", cwd=tmp_path, stderr=subprocess.PIPE)
@@ -326,7 +329,7 @@ def test_ui_serves_the_store_on_this_machine_only(tmp_path: Path) -> None:
                 time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
-        with pytest.raises(OSError):
+        with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), timeout=1)
     finally:
         process.kill()

@@ -141,7 +141,7 @@ generation = 6
 
 
 def told(count: int, seed: int = 0) -> list[tuple[dict[str, Any], tuple[float, float]]]:
-    """Trials of a smooth problem whose Pareto set is ``slope`` from 0 to 0.5 with ``bump`` = 0.3."""
+    """Trials of a smooth problem; its Pareto set has ``slope`` from 0 to 0.5, ``bump`` = 0.3."""
     dice, found = random.Random(seed), []
     for _ in range(count):
         params = {
@@ -179,7 +179,7 @@ def test_nsga2_breeds_from_the_trials_it_was_told(generation: int) -> None:
     assert 0.4 < sum(inherited) / len(inherited) < 1.0  # and about one in three mutates
 
 
-def test_nsga2_breeds_from_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nsga2_breeds_from_the_best() -> None:
     space, some = small.space(TWO, sampler="nsga2"), told(60)
     drawn = [Mirror(space, some).draw(seed) for seed in range(20)]
     parents = [p for p, _ in some if any(p["bump"] == child["bump"] for child in drawn)]

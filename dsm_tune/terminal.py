@@ -88,7 +88,7 @@ class Terminal:
         if self._before is None:
             self._begin = self.clock()
         elif self._bar is not None:
-            self._bar.update(self._task, total=None, status="working")
+            self._bar.reset(self._task, total=None, status="working")
         self._write(text)
 
     def progress(self, progress: Progress) -> None:

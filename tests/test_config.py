@@ -55,7 +55,7 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_option(
 
 
 def test_a_budget_must_be_given() -> None:
-    with pytest.raises(BudgetError, match="--budget-ms .* or --budget-gflops"):
+    with pytest.raises(BudgetError, match=r"--budget-ms .* or --budget-gflops"):
         TuneConfig()
 
 
@@ -65,7 +65,7 @@ def test_a_module_needs_images_too() -> None:
 
 
 def test_an_unknown_option_is_refused_with_a_suggestion() -> None:
-    with pytest.raises(ConfigError, match=r"x.toml: 'trails' is not an option; did you mean 'trials'"):
+    with pytest.raises(ConfigError, match=r"x\.toml: 'trails' is not an option; did you mean"):
         TuneConfig.from_dict({"trails": 1}, "x.toml: ")
     assert TuneConfig.from_dict({"budget_ms": 5.0, "trials": 9}) == TuneConfig(
         budget_ms=5.0, trials=9

@@ -114,7 +114,9 @@ def test_every_key_but_scale_and_error_must_be_there(missing: str) -> None:
         DeviceProfile.from_json(json.dumps(body))
 
 
-@pytest.mark.parametrize("times", [[0.1], [0.1] * 5 + [-1.0], [0.1] * 5 + [float("nan")], ["a"] * 6])
+@pytest.mark.parametrize(
+    "times", [[0.1], [0.1] * 5 + [-1.0], [0.1] * 5 + [float("nan")], ["a"] * 6]
+)
 def test_times_are_as_many_as_counts_and_never_negative(times: list[Any]) -> None:
     body = json.loads(profile().to_json())
     body["parts"]["mlp"] = times
@@ -197,9 +199,7 @@ def test_a_prefix_only_last_block_takes_its_own_time() -> None:
 def test_a_schedule_that_removes_more_is_never_predicted_slower(
     one: DeviceProfile, r: int, more: int
 ) -> None:
-    fewer, most = (
-        one.predict(schedules.dsm(TINY, n, delay=2)) for n in (1 + r, 1 + r + more)
-    )
+    fewer, most = (one.predict(schedules.dsm(TINY, n, delay=2)) for n in (1 + r, 1 + r + more))
     assert most <= fewer * (1 + 1e-9)
 
 
@@ -227,7 +227,7 @@ def test_a_plan_of_another_geometry_is_refused() -> None:
 
 
 def test_a_profile_of_one_count_predicts_the_same_for_any() -> None:
-    one = profile(tokens=(197,), parts={name: (1.0,) for name in NAMES})
+    one = profile(tokens=(197,), parts=dict.fromkeys(NAMES, (1.0,)))
     assert one.predict(MergePlan("", TINY)) == 2 + 12 * 2
 
 

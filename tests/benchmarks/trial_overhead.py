@@ -87,6 +87,7 @@ def main() -> int:
     options = parser.parse_args()
     cluster = Cluster(workers=options.workers)
     ends: list[float] = []
+    busy: list[float] = []  # processor time of this process, MLflow's thread included
     with tempfile.TemporaryDirectory() as name, engine.connected(cluster):
         folder = Path(name)
         labels = StudyLabels(
@@ -100,6 +101,7 @@ def main() -> int:
                 progress.done, progress.hypervolume, progress.best_divergence, progress.done
             )
             ends.append(time.perf_counter())
+            busy.append(time.process_time())
 
         profiler = cProfile.Profile()
         start = time.perf_counter()
@@ -119,6 +121,7 @@ def main() -> int:
     evaluating = sum(e.seconds for e in evaluations)
     first = next(i for i, record in enumerate(records) if record.generation)  # workers are warm
     warm = (logged - ends[first - 1] - evaluating) / (len(ends) - first)
+    cpu = (busy[-1] - busy[first - 1]) / (len(ends) - first)
     whole = (logged - start - evaluating) / len(ends)
     print(f"{len(ends)} trials, {len(evaluations)} evaluations in {len(processes)} processes")
     print(
@@ -127,7 +130,7 @@ def main() -> int:
     )
     print(
         f"per trial: {whole:.3f} s with the start of the workers, {warm:.3f} s once they are warm; "
-        f"bar {BAR_SECONDS} s"
+        f"bar {BAR_SECONDS} s; processor time of the driver once warm: {cpu:.3f} s"
     )
     if options.profile:
         pstats.Stats(profiler).sort_stats("cumulative").print_stats(70)

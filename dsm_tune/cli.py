@@ -184,7 +184,7 @@ def profile(output: str, **values: Any) -> int:
     """
     _check_writable(output, "--output")
     with _terminal(values) as terminal:
-        from dsm_tune.tuning import measure_device
+        from dsm_tune.target import measure_device
 
         # A profile depends on no image and no budget, but a configuration has both.
         measured = measure_device(_any_budget({**values, "images": os.curdir}), terminal.say)

@@ -124,7 +124,9 @@ def _progress_words(progress: Progress, left: float) -> str:
     best = progress.best_divergence
     parts = [f"{progress.done}/{progress.trials} trials"]
     parts += [] if best is None else [f"best divergence {best:.3g}"]
-    parts += [f"{_duration(left)} left"] if progress.done < progress.trials else []
+    # The first generation carries the start of all workers: too early to tell.
+    if progress.trials / 4 <= progress.done < progress.trials:
+        parts.append(f"{_duration(left)} left")
     return ", ".join(parts)
 
 

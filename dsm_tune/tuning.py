@@ -24,22 +24,18 @@ from dsm_tune.inputs import (
     dense_batch,
     judge,
     load_inputs,
-    load_model,
     make_evaluate,
     make_evaluators,
 )
-from dsm_tune.measuring.confirm import Target, confirm_latency, device_of, profile_target
-from dsm_tune.measuring.profiling import describe_device
 from dsm_tune.measuring.quality import PerImage, bootstrap_interval
-from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.merging.similarity import (
     delay_stability,
     detect_delay,
     find_transition,
     similarity_curves,
 )
-from dsm_tune.plan import FEATURES, Geometry, Matching, MergePlan
-from dsm_tune.profile import DeviceProfile, fingerprint_of
+from dsm_tune.plan import MergePlan
+from dsm_tune.profile import DeviceProfile
 from dsm_tune.results import LatencyMs, Result, TuneResult
 from dsm_tune.reviewing.outcome import artifacts, open_queue
 from dsm_tune.reviewing.queue import TrackingQueue
@@ -50,8 +46,9 @@ from dsm_tune.searching.engine import Cluster, Crew
 from dsm_tune.searching.search import Planner, Progress, Search
 from dsm_tune.searching.space import Choices, load_space
 from dsm_tune.searching.study import Study, study_names
+from dsm_tune.target import TargetDevice
 
-__all__ = ["Listener", "measure_device", "resume", "show", "tune"]
+__all__ = ["Listener", "resume", "show", "tune"]
 
 SEARCH, HELD_OUT = 0, 1  # the image sets, as the crew has them
 MOST_CONFIRMED = 10  # plans of the front that are measured at the end
@@ -143,11 +140,7 @@ class _Tune:
         self.asked = parse_budget(config.budget_ms, config.budget_gflops)
         self.space = load_space(config.search_space)
         self.tracking_uri = resolve_tracking_uri(config.tracking_uri, Path.cwd())
-        self.device = _present(device_of(config.device))
-        self.given_profile = (
-            None if config.device_profile is None else DeviceProfile.load(config.device_profile)
-        )
-        self.threads = config.threads or os.cpu_count() or 1
+        self.target = TargetDevice(config)
         self.start = clock()
 
     def run(self) -> TuneResult:
@@ -161,8 +154,7 @@ class _Tune:
             self.listener.say(f"the study {found.name} is finished already; --trials continues it")
             return Answer.of(found).result()
         self.cluster = self._cluster()
-        if self.given_profile is not None:
-            self.given_profile.check(inputs.geometry, self.config.dtype, self.config.batch_size)
+        self.target.check(inputs.geometry)
         self._refuse_what_does_not_answer(found is None)
         with engine.connected(self.cluster):
             study = found or self._create(identity)  # not before all that can be refused has been
@@ -243,14 +235,14 @@ class _Tune:
         return len(ended) >= self.config.trials or bool(study.facts.get("exhausted"))
 
     def _cluster(self) -> Cluster:
-        gpus = torch.cuda.device_count() if self.device.startswith("cuda") else 0
+        gpus = torch.cuda.device_count() if self.target.device.startswith("cuda") else 0
         workers = self.config.workers or (gpus or os.cpu_count() or 1)
         return Cluster(self.config.ray_address, workers, min(1.0, gpus / workers) if gpus else 0.0)
 
     def _send(self, inputs: Inputs) -> list[Payload]:
         """Start the crew and give it the model and both image sets."""
         self.payloads = [
-            Payload.of(inputs.model, images, self.device, self.config.dtype)
+            Payload.of(inputs.model, images, self.target.device, self.config.dtype)
             for images in (inputs.search, inputs.holdout)
         ]
         self.crew = Crew(partial(make_evaluators, self.payloads), self.cluster)
@@ -280,9 +272,9 @@ class _Tune:
             f"delay D = {delay} of {geometry.depth} blocks{how}, in {share:.0%} of resamples"
         )
         dense = MergePlan(config.model_name, geometry)
-        profile = self.given_profile
+        profile = self.target.given
         if profile is None and "ms" in self.asked:
-            profile = self._profile(inputs)
+            profile = self._measure_profile(inputs)
         dense_ms = None if profile is None else profile.predict(dense)
         limits = resolve_budget(self.asked, dense.gmacs, dense_ms, config.max_drop)
         planner = self._planner(inputs, delay, limits, profile)
@@ -294,7 +286,7 @@ class _Tune:
                 "holdout": len(inputs.holdout),
                 "labelled": inputs.labelled,
             },
-            "device": self._device_facts(profile),
+            "device": self.target.facts(profile),
             "similarity_curve": curve,
             "stability": {str(d): s for d, s in stability.items()},
             "delay": delay,
@@ -334,43 +326,16 @@ class _Tune:
             f"fastest reachable {reach}; satisfiable: {'yes' if satisfiable else 'no'}"
         )
 
-    def _device_facts(self, profile: DeviceProfile | None) -> dict[str, str]:
-        if profile is not None:
-            return {"name": str(profile.device.get("name")), "fingerprint": profile.fingerprint}
-        facts = describe_device(torch.device(self.device))
-        facts["threads"] = self.threads
-        return {"name": str(facts["name"]), "fingerprint": fingerprint_of(facts)}
-
-    def _target(self, inputs: Inputs) -> Target:
-        count = self.config.batch_size
-        every = torch.cat([inputs.search.pixels, inputs.holdout.pixels])
-        batch = every[torch.arange(count) % len(every)]
-        return Target(inputs.model, batch, self.device, self.config.dtype, self.threads)
-
-    def _profile(self, inputs: Inputs) -> DeviceProfile:
-        """A device profile that is measured here and now."""
+    def _measure_profile(self, inputs: Inputs) -> DeviceProfile:
+        """Measure a device profile here and now."""
         self.listener.say(f"device profile at batch size {self.config.batch_size}")
         features = self.space.parameters["feature"]
         names = features.values if isinstance(features, Choices) else ("k",)
-        matchings = [Matching(feature=name) for name in names]
-        profile: DeviceProfile = self._alone(
-            profile_target, self._target(inputs), matchings, seconds=_patience(inputs.geometry)
-        )
+        profile = self.target.profile(inputs, names, self.cluster)
         self.listener.say(
             f"its predictions are off by {profile.error:.0%} at most, on plans measured whole"
         )
         return profile
-
-    def _alone(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        call = partial(function, **options)
-        cpus = (
-            min(self.threads, self.cluster.workers)
-            if self.cluster.address is None
-            else self.threads
-        )
-        return engine.run_alone(
-            call, *arguments, cpus=cpus, gpus=float(self.device.startswith("cuda"))
-        )
 
     def _planner(
         self, inputs: Inputs, delay: int, limits: Limits, profile: DeviceProfile | None
@@ -450,14 +415,7 @@ class _Tune:
         assert payload.dense is not None  # `_dense_outputs` has set it
         judged = self.crew.map(partial(judge, dense=payload.dense), plans)
         self.listener.say("timing them alone, in turn with the dense model")
-        stat = self.config.latency_stat
-        device, timed = self._alone(
-            confirm_latency,
-            self._target(inputs),
-            plans,
-            stat=stat,
-            seconds=4 * _patience(inputs.geometry),
-        )
+        device, timed = self.target.confirm(inputs, plans, self.cluster)
         profile = (
             None
             if study.facts["profile"] is None
@@ -508,38 +466,6 @@ class _Tune:
 
     def _seconds(self) -> float:
         return float(self.earlier_seconds + self.clock() - self.start)
-
-
-def measure_device(config: TuneConfig, say: Callable[[str], None]) -> DeviceProfile:
-    """Measure the device profile of a configuration's model, device, dtype and batch size."""
-    device = _present(device_of(config.device))
-    model = load_model(config)
-    geometry = read_geometry(model)
-    size = [patch * geometry.patch for patch in geometry.grid]
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(config.batch_size, 3, *size, generator=generator)
-    threads = config.threads or os.cpu_count() or 1
-    target = Target(model, pixels, device, config.dtype, threads)
-    say(f"timing the parts of {config.model_name} on {device} at batch size {config.batch_size}")
-    matchings = [Matching(feature=name) for name in FEATURES]
-    return profile_target(target, matchings, seconds=2 * _patience(geometry))
-
-
-def _present(device: str) -> str:
-    """Refuse a device that is not there."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.startswith("cuda") and int(device.removeprefix("cuda").lstrip(":") or 0) >= count:
-        raise ConfigError(
-            f"--device must be present, but got {device}; accepted are "
-            f"{', '.join(['auto', 'cpu', *(f'cuda:{i}' for i in range(count))])}"
-        )
-    return device
-
-
-def _patience(geometry: Geometry) -> float:
-    """Seconds for one kind of timing: more for a model whose forwards are long."""
-    gmacs = MergePlan("", geometry).gmacs
-    return 3.0 if gmacs < 0.5 else 10.0
 
 
 def _result(plan: MergePlan, per_image: PerImage, latency: LatencyMs, batch_size: int) -> Result:

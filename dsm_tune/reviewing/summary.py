@@ -240,6 +240,7 @@ def _quality(chosen: Result, result: TuneResult) -> str:
     if chosen.top1 is not None and result.dense.top1 is not None:
         change = chosen.top1 - result.dense.top1
         verb, points = "drops" if change < 0 else "rises", f"{abs(100 * change):.1f} points"
+        verb = "changes" if points == "0.0 points" else verb
         return f"Top-1 {verb} by {points}{_margin(change, chosen, images)} {on}"
     if chosen.agreement is None:
         return f"Its quality {on} is not known yet"

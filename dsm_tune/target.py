@@ -1,0 +1,123 @@
+"""The device that a budget is about: what it is, its profile, and plans timed on it alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from dsm_tune.config import TuneConfig
+from dsm_tune.errors import ConfigError
+from dsm_tune.inputs import Inputs, load_model
+from dsm_tune.measuring.confirm import (
+    Confirmed,
+    Target,
+    confirm_latency,
+    device_of,
+    profile_target,
+)
+from dsm_tune.measuring.profiling import describe_device
+from dsm_tune.merging.backbone import read_geometry
+from dsm_tune.plan import FEATURES, Geometry, Matching, MergePlan
+from dsm_tune.profile import DeviceProfile, fingerprint_of
+from dsm_tune.searching import engine
+from dsm_tune.searching.engine import Cluster
+
+__all__ = ["TargetDevice", "measure_device"]
+
+
+class TargetDevice:
+    """What a configuration names as its target.
+
+    Args:
+        config: names device, dtype, threads, batch size, and a profile if there is one.
+
+    Raises:
+        ConfigError: if the device is not there.
+        ProfileError: if the given profile cannot be read.
+    """
+
+    def __init__(self, config: TuneConfig) -> None:
+        self.config = config
+        self.device = _present(device_of(config.device))
+        self.threads = config.threads or os.cpu_count() or 1
+        file = config.device_profile
+        self.given = None if file is None else DeviceProfile.load(file)
+
+    def check(self, geometry: Geometry) -> None:
+        """Refuse a given profile that was made for something else."""
+        if self.given is not None:
+            self.given.check(geometry, self.config.dtype, self.config.batch_size)
+
+    def facts(self, profile: DeviceProfile | None) -> dict[str, str]:
+        """Name and fingerprint of the target."""
+        if profile is not None:
+            return {"name": str(profile.device.get("name")), "fingerprint": profile.fingerprint}
+        found = describe_device(torch.device(self.device))
+        found["threads"] = self.threads
+        return {"name": str(found["name"]), "fingerprint": fingerprint_of(found)}
+
+    def profile(self, inputs: Inputs, features: Sequence[str], cluster: Cluster) -> DeviceProfile:
+        """Measure a profile in a process of its own."""
+        matchings = [Matching(feature=name) for name in features]
+        seconds = _patience(inputs.geometry)
+        found: DeviceProfile = self._alone(
+            cluster, partial(profile_target, seconds=seconds), self._served(inputs), matchings
+        )
+        return found
+
+    def confirm(
+        self, inputs: Inputs, plans: Sequence[MergePlan], cluster: Cluster
+    ) -> tuple[dict[str, object], list[Confirmed]]:
+        """Time plans in a process of their own, in turn; the first is the dense one."""
+        seconds = 4 * _patience(inputs.geometry)
+        timed = partial(confirm_latency, stat=self.config.latency_stat, seconds=seconds)
+        found: tuple[dict[str, object], list[Confirmed]] = self._alone(
+            cluster, timed, self._served(inputs), plans
+        )
+        return found
+
+    def _served(self, inputs: Inputs) -> Target:
+        every = torch.cat([inputs.search.pixels, inputs.holdout.pixels])
+        batch = every[torch.arange(self.config.batch_size) % len(every)]
+        return Target(inputs.model, batch, self.device, self.config.dtype, self.threads)
+
+    def _alone(self, cluster: Cluster, call: Callable[..., Any], *arguments: Any) -> Any:
+        cpus = self.threads if cluster.address else min(self.threads, cluster.workers)
+        gpus = float(self.device.startswith("cuda"))
+        return engine.run_alone(call, *arguments, cpus=cpus, gpus=gpus)
+
+
+def measure_device(config: TuneConfig, say: Callable[[str], None]) -> DeviceProfile:
+    """Measure the device profile of a configuration's model, device, dtype and batch size."""
+    device = _present(device_of(config.device))
+    model = load_model(config)
+    geometry = read_geometry(model)
+    size = [patch * geometry.patch for patch in geometry.grid]
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(config.batch_size, 3, *size, generator=generator)
+    threads = config.threads or os.cpu_count() or 1
+    target = Target(model, pixels, device, config.dtype, threads)
+    say(f"timing the parts of {config.model_name} on {device} at batch size {config.batch_size}")
+    matchings = [Matching(feature=name) for name in FEATURES]
+    return profile_target(target, matchings, seconds=2 * _patience(geometry))
+
+
+def _present(device: str) -> str:
+    """Refuse a device that is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda") and int(device.removeprefix("cuda").lstrip(":") or 0) >= count:
+        raise ConfigError(
+            f"--device must be present, but got {device}; accepted are "
+            f"{', '.join(['auto', 'cpu', *(f'cuda:{i}' for i in range(count))])}"
+        )
+    return device
+
+
+def _patience(geometry: Geometry) -> float:
+    """Seconds for one kind of timing: more for a model whose forwards are long."""
+    gmacs = MergePlan("", geometry).gmacs
+    return 3.0 if gmacs < 0.5 else 10.0

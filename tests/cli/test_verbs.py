@@ -21,7 +21,7 @@ import pytest
 import torch
 from command_line import Ended, contents, environment, start
 
-from dsm_tune import tuning
+from dsm_tune import target, tuning
 from dsm_tune.cli import verbs
 from dsm_tune.options import TIMEOUT, Mapped, gather
 from dsm_tune.plan import Geometry, MergePlan
@@ -252,7 +252,7 @@ def test_curve_draws(call: Call, name: str, start: bytes) -> None:
 
 
 def test_profile_writes_a_file_that_tune_takes(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_patience", lambda geometry: 0.05)
+    monkeypatch.setattr(target, "_patience", lambda geometry: 0.05)
     threads = torch.get_num_threads()
     ended = call("profile", "-o", "here.json", "--batch-size", "2", "--threads", "1")
     torch.set_num_threads(threads)

@@ -97,7 +97,8 @@ def test_a_merge_preserves_the_size_weighted_sum_of_tokens(case: Case) -> None:
 
 @given(cases(), st.booleans())
 def test_a_centroid_is_the_size_weighted_mean_of_the_places(case: Case, centroid: bool) -> None:
-    result = merge(case.tokens, _choose(case.tokens, case.prefix, case.r), case.prefix, centroid)
+    choice = _choose(case.tokens, case.prefix, case.r)
+    result = merge(case.tokens, choice, case.prefix, centroid=centroid)
     assert result.place is not None
     assert result.size is not None
     assert case.tokens.place is not None

@@ -170,6 +170,7 @@ class _Tune:
                 stopped = self._search(study, inputs, search_set, queue)
                 if stopped == "interrupted":
                     return self._end(study, queue, "interrupted")
+                queue.drain(timeout=60.0)  # nothing else shall run while plans are timed
                 self._confirm(study, inputs)
                 front = Answer.of(study).front()
                 return self._end(study, queue, "done" if front else "infeasible")

@@ -36,6 +36,7 @@ from dsm_tune.searching.worker import Evaluate, Worker
 __all__ = ["Cluster", "Crew", "connected", "run_alone", "run_search"]
 
 RERUNS = 2  # of a job whose worker died
+WARM_UP_SECONDS = 30.0  # that the first worker waits for the last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +130,8 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
         self.starts: dict[str, float] = {}
         self.deaths: dict[tuple[int, int], int] = {}
         self.false_starts = 0  # workers that died before their first job, in a row
+        self.to_warm = cluster.workers if cluster.workers > 1 else 0
+        self.all_warm = False
         self.failure: Exception | None = None  # Ray swallows what a searcher raises
 
     def set_search_properties(
@@ -141,11 +144,24 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
         """The next job as a Ray config, ``None`` to wait, or ``FINISHED``."""
         if self.search.finished:
             return Searcher.FINISHED
+        if self.to_warm:
+            self.to_warm -= 1
+            return {}
         job = self.search.next()
         if job is None:
             return Searcher.FINISHED if self.search.stopped else None
         self.jobs[trial_id] = job
         return {"number": job.number, "plan": job.plan.to_json(), "images": job.images}
+
+    def are_warm(self) -> bool:
+        """Whether all workers have started once, or the others have waited long enough."""
+        first = min(self.starts.values(), default=time.monotonic())
+        patience = time.monotonic() - first > WARM_UP_SECONDS
+        self.all_warm = self.all_warm or patience or len(self.starts) >= self.cluster.workers
+        return self.all_warm
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing to learn before a job has ended."""
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -216,21 +232,32 @@ class _Clock(tune.Callback):  # type: ignore[misc]  # Ray ships no types
 
 
 class _KeepWorkers(FIFOScheduler):  # type: ignore[misc]  # Ray ships no types
-    """Keeps all workers warm while they wait for the end of a generation.
+    """Has all workers from the beginning, and keeps them while they wait for a generation's end.
 
-    Ray Tune ends all idle workers but one where no trial is queued, although more will come. How
-    many it keeps is not part of its interface; should that change, workers start anew again.
+    Ray Tune gives a job whose worker is starting to the first worker that is free, and ends the one
+    that starts: with short jobs, all would run on one. So each worker begins with an empty job,
+    which lasts until all have started. It also ends all idle workers but one where no job is
+    queued, although more will come. How many it keeps is not part of its interface; should that
+    change, workers start anew again.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, jobs: Jobs) -> None:
         super().__init__()
-        self.workers = workers
+        self.jobs, self.kept = jobs, False
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        workers, self.workers = self.workers, 0
-        with contextlib.suppress(AttributeError):
-            cache = tune_controller._tune_controller._actor_cache
-            cache.increase_max(trial.placement_group_factory, by=workers)
+        if not self.kept:
+            self.kept = True
+            with contextlib.suppress(AttributeError):
+                cache = tune_controller._tune_controller._actor_cache
+                cache.increase_max(trial.placement_group_factory, by=self.jobs.cluster.workers)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        is_job = trial.trial_id in self.jobs.jobs
+        return str(self.CONTINUE if is_job or not self.jobs.are_warm() else self.STOP)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # pickled with the searcher, and as little needed
 
 
 @contextlib.contextmanager
@@ -283,7 +310,7 @@ def run_search(
             tune.with_resources(trainable, resources),
             tune_config=tune.TuneConfig(
                 search_alg=jobs,
-                scheduler=_KeepWorkers(cluster.workers),
+                scheduler=_KeepWorkers(jobs),
                 num_samples=-1,
                 max_concurrent_trials=cluster.workers,
                 reuse_actors=True,

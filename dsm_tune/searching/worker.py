@@ -5,6 +5,7 @@ Apart from the engine, so that a worker imports neither Optuna nor a database.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import faulthandler
 import json
@@ -47,17 +48,18 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
         return True
 
     def step(self) -> dict[str, Any]:
-        """Evaluate one plan; its own errors are a result."""
+        """Evaluate one plan; its own errors are a result. Without a plan, get ready for one."""
+        if "plan" not in self.job:
+            return self._warm_up()
         images = self.job["images"]
         # A forward that hangs cannot be interrupted from Python and may hold the interpreter's
         # lock: a thread in C writes the traceback to the worker's log and ends the process.
         faulthandler.dump_traceback_later(self.trial_seconds, exit=True, file=2)
         start = time.monotonic()
         try:
-            if self.evaluate is None:
-                self.evaluate = ray.get(self.shared[0])()
-                start = time.monotonic()
-            evaluation: Evaluation = self.evaluate(MergePlan.from_json(self.job["plan"]), images)
+            evaluate = self._evaluator()
+            start = time.monotonic()
+            evaluation = evaluate(MergePlan.from_json(self.job["plan"]), images)
         except Exception as error:  # a trial's own failure must not end the search
             line = (str(error).strip().splitlines() or [""])[0][:300]
             evaluation = Evaluation(images, error=f"{type(error).__name__}: {line}")
@@ -66,6 +68,17 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
         seconds = time.monotonic() - start
         timed = dataclasses.replace(evaluation, seconds=seconds)
         return {"evaluation": json.dumps(dataclasses.asdict(timed)), "done": True}
+
+    def _warm_up(self) -> dict[str, Any]:
+        with contextlib.suppress(Exception):  # the first plan will say so
+            self._evaluator()
+        time.sleep(0.05)  # asked again until all workers are there
+        return {"done": False}
+
+    def _evaluator(self) -> Evaluate:
+        if self.evaluate is None:
+            self.evaluate = ray.get(self.shared[0])()
+        return self.evaluate
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing to save."""

@@ -37,6 +37,7 @@ __all__ = [
 
 CURVE_IMAGES = 64  # of the search images, for the similarity curve
 MOST_IMAGES = 1024  # of a larger folder, a random sample of this many is used
+DEMO_SEARCH = 150  # images of the demo's search split: it is to be quick
 MOST_SEARCH = 256  # of these, for the search; the rest is held out
 
 
@@ -147,6 +148,8 @@ def load_inputs(config: TuneConfig) -> Inputs:
         skipped = tuple(f"{item.name}: {item.reason}" for item in unread)
         parts = folders.split(found, max(len(found) - MOST_SEARCH, len(found) // 2), config.seed)
     search, holdout = (_shuffled(part, config.seed) for part in parts)
+    if config.images is None:
+        search = search.take(range(DEMO_SEARCH))
     return Inputs(model, read_geometry(model), search, holdout, skipped)
 
 

@@ -49,7 +49,7 @@ def test_json_is_one_document_as_the_interface_says(tuned: Ended) -> None:
     assert document.keys() >= KEYS
     assert document["study"] == STUDY
     assert document["status"] == "done"
-    assert document["images"] == {"search": 399, "holdout": 398, "labelled": True}
+    assert document["images"] == {"search": 150, "holdout": 398, "labelled": True}
     assert len(document["similarity_curve"]) == 8
     assert 0 <= document["delay"] <= 8
     assert document["budget"]["satisfiable"] is True

@@ -49,13 +49,16 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
 
     def step(self) -> dict[str, Any]:
         """Evaluate one plan; its own errors are a result. Without a plan, get ready for one."""
-        if "plan" not in self.job:
-            return self._warm_up()
-        images = self.job["images"]
         # A forward that hangs cannot be interrupted from Python and may hold the interpreter's
         # lock: a thread in C writes the traceback to the worker's log and ends the process.
         faulthandler.dump_traceback_later(self.trial_seconds, exit=True, file=2)
-        start = time.monotonic()
+        try:
+            return self._evaluate() if "plan" in self.job else self._warm_up()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _evaluate(self) -> dict[str, Any]:
+        images, start = self.job["images"], time.monotonic()
         try:
             evaluate = self._evaluator()
             start = time.monotonic()
@@ -63,10 +66,7 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
         except Exception as error:  # a trial's own failure must not end the search
             line = (str(error).strip().splitlines() or [""])[0][:300]
             evaluation = Evaluation(images, error=f"{type(error).__name__}: {line}")
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-        seconds = time.monotonic() - start
-        timed = dataclasses.replace(evaluation, seconds=seconds)
+        timed = dataclasses.replace(evaluation, seconds=time.monotonic() - start)
         return {"evaluation": json.dumps(dataclasses.asdict(timed)), "done": True}
 
     def _warm_up(self) -> dict[str, Any]:

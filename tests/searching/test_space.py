@@ -15,7 +15,6 @@ from hypothesis import given
 
 from dsm_tune.errors import SpaceError
 from dsm_tune.plan import Geometry
-from dsm_tune.searching import space as spaces
 from dsm_tune.searching.budget import Cost, Limits, fit
 from dsm_tune.searching.space import (
     FORMAT,
@@ -79,7 +78,7 @@ def test_three_spaces_come_with_dsm_tune() -> None:
 
 
 def test_the_spaces_lie_beside_the_package_in_a_checkout() -> None:
-    beside = Path(spaces.__file__).parents[2] / "search_spaces"
+    beside = Path(__file__).resolve().parents[2] / "search_spaces"
     assert sorted(file.stem for file in beside.glob("*.toml")) == space_names()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,16 @@ class Answer:
     run_ids: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, study: Study, limits: Limits | None = None, run_ids: Mapping[int, str] | None = None
-    ) -> Answer:
+    def of(cls, study: Study, limits: Limits | None = None) -> Answer:
         """Read a study; ``limits`` to pick by another budget than its own."""
         facts = study.facts
         own = Limits(**facts["limits"])
         ids = {int(number): run for number, run in facts.get("run_ids", {}).items()}
-        return cls(study.name, facts, study.records(), limits or own, {**ids, **(run_ids or {})})
+        return cls(study.name, facts, study.records(), limits or own, ids)
 
     # -- results --------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def profile(self) -> DeviceProfile | None:
         """The device profile that the search predicted with."""
         text = self.facts.get("profile")

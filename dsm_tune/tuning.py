@@ -159,7 +159,8 @@ class _Tune:
         with engine.connected(self.cluster):
             study = found or self._create(identity)  # not before all that can be refused has been
             self.earlier_seconds = study.facts.get("seconds", 0.0)
-            search_set = self._dense_outputs(SEARCH, self._send(inputs))
+            self._send(inputs)
+            search_set = self._dense_outputs(SEARCH)
             if "limits" not in study.facts:
                 self._prepare(study, inputs)
             study.put("status", "running")
@@ -240,18 +241,17 @@ class _Tune:
         workers = self.config.workers or (gpus or os.cpu_count() or 1)
         return Cluster(self.config.ray_address, workers, min(1.0, gpus / workers) if gpus else 0.0)
 
-    def _send(self, inputs: Inputs) -> list[Payload]:
+    def _send(self, inputs: Inputs) -> None:
         """Start the crew and give it the model and both image sets."""
         self.payloads = [
             Payload.of(inputs.model, images, self.target.device, self.config.dtype)
             for images in (inputs.search, inputs.holdout)
         ]
         self.crew = Crew(partial(make_evaluators, self.payloads), self.cluster)
-        return self.payloads
 
-    def _dense_outputs(self, which: int, payloads: list[Payload]) -> Payload:
+    def _dense_outputs(self, which: int) -> Payload:
         """Run the dense model over one image set, once for all plans."""
-        payload = payloads[which]
+        payload = self.payloads[which]
         self.listener.say(f"dense outputs of {len(payload.labels)} images")
         outputs = self.crew.map(dense_batch, [(which, batch) for batch in range(payload.batches)])
         return dataclasses.replace(payload, dense=np.concatenate(outputs))
@@ -375,10 +375,11 @@ class _Tune:
             f"{self.cluster.workers} workers"
         )
 
+        answer = Answer.of(study)  # once: reading all trials at the end of each would be quadratic
+
         def on_progress(progress: Progress) -> None:
             self.listener.progress(progress)
-            record = progress.record
-            queue.log_trial(Answer.of(study).trial(record))
+            queue.log_trial(answer.trial(progress.record))
             queue.log_progress(
                 progress.done, progress.hypervolume, progress.best_divergence, progress.done
             )
@@ -412,7 +413,7 @@ class _Tune:
         if len(known) == len(plans):
             return
         self.listener.say(f"confirming {len(plans)} plans on {len(inputs.holdout)} held-out images")
-        payload = self._dense_outputs(HELD_OUT, self.payloads)
+        payload = self._dense_outputs(HELD_OUT)
         assert payload.dense is not None  # `_dense_outputs` has set it
         judged = self.crew.map(partial(judge, dense=payload.dense), plans)
         self.listener.say("timing them alone, in turn with the dense model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = [
     "costing",
     "load_study",
     "parse_budget",
+    "profile_of",
     "resolve_budget",
     "show",
     "stat_of",
@@ -36,6 +38,17 @@ def costing(profile: DeviceProfile | None) -> Any:
         return Cost(plan.gmacs, None if profile is None else profile.predict(plan))
 
     return cost_of
+
+
+def profile_of(facts: Mapping[str, Any]) -> DeviceProfile | None:
+    """The device profile of a study, corrected by what its confirmations measured."""
+    text = facts.get("profile")
+    if text is None:
+        return None
+    profile = DeviceProfile.from_json(text)
+    return dataclasses.replace(
+        profile, scale=profile.scale * math.prod(facts.get("corrections", []))
+    )
 
 
 def stat_of(latency: LatencyMs, stat: str) -> float | None:
@@ -74,9 +87,8 @@ class Answer:
 
     @cached_property
     def profile(self) -> DeviceProfile | None:
-        """The device profile that the search predicted with."""
-        text = self.facts.get("profile")
-        return None if text is None else DeviceProfile.from_json(text)
+        """The device profile that the search predicts with."""
+        return profile_of(self.facts)
 
     def result_of(self, record: Record) -> Result:
         """A trial as a result: confirmed, or predicted where it is not confirmed."""
@@ -150,6 +162,26 @@ class Answer:
             able = [r for r in able if r.divergence is not None]
         points = [(self.cost(r), _divergence(r, final)) for r in able]
         return [able[i] for i in non_dominated(points)]
+
+    def misprediction(self) -> float | None:
+        """What plans took, at the upper end of its interval, over what was predicted: the median.
+
+        Where latency is bounded by a share of dense, both are taken relative to dense. ``None``
+        where no plan that removes tokens was timed and predicted.
+        """
+        confirmed = dict(self.facts.get("confirmed", {}))
+        dense = confirmed.pop(self.facts["dense_digest"], None)
+        if self.profile is None or dense is None:
+            return None
+        factors = []
+        for one in confirmed.values():
+            result = Result.from_dict(one["result"])
+            took = result.latency_ms.high
+            if self.limits.ms_share is not None:
+                took = one["ratio_high"] * self.facts["dense_ms"]
+            if took is not None and any(result.plan.removed):
+                factors.append(took / self.profile.predict(result.plan))
+        return statistics.median(factors) if factors else None
 
     @property
     def _own_budget(self) -> bool:

@@ -94,6 +94,8 @@ def tune(ctx: click.Context, /, **values: Any) -> int:
     """Find the plans that meet a budget, closest to dense (the default)."""
     given = gather(ctx.command, values)
     config = given.config().absolute(Path.cwd())
+    if given.values.get("dry_run"):
+        return _look(config, given.values)
 
     def work(terminal: Terminal) -> TuneResult:
         from dsm_tune import tuning
@@ -263,6 +265,21 @@ def _search(
     if result.status == "interrupted":
         return _interrupted(study, storage)
     return DONE if result.chosen is not None else INFEASIBLE
+
+
+def _look(config: TuneConfig, values: Any) -> int:
+    """Say what a study would find before its search, return the exit code."""
+    from dsm_tune import tuning
+    from dsm_tune.terminal import emit, to_json, write_survey
+
+    with _terminal(values) as terminal:
+        found = tuning.dry_run(config, listener=terminal)
+    document = found.to_dict(config)
+    if values.get("as_json"):
+        emit(to_json(document))
+    else:
+        write_survey(document)
+    return DONE if found.is_satisfiable else INFEASIBLE
 
 
 def _interrupted(study: str, storage: str | None) -> int:

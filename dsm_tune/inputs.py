@@ -94,6 +94,10 @@ class Payload:
         """How many batches the images make."""
         return -(-len(self.labels) // BATCH_SIZE)
 
+    def size_of(self, batch: int) -> int:
+        """How many images a batch holds."""
+        return min(BATCH_SIZE, len(self.labels) - batch * BATCH_SIZE)
+
     def evaluator(self) -> Evaluator:
         """Unpack, in a worker: on one thread, so that its bits are the same anywhere."""
         if self.device == "cpu":

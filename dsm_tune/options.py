@@ -232,6 +232,7 @@ TUNE = (
     option(
         "--config", metavar="FILE", help="TOML with any of these options; the command line wins."
     ),
+    option("--dry-run", is_flag=True, help="Say what is reachable and how long it takes; stop."),
     *OUTPUT,
 )
 

@@ -69,11 +69,15 @@ class TargetDevice:
         )
         return found
 
+    def confirm_seconds(self, geometry: Geometry) -> float:
+        """Time limit of :meth:`confirm`."""
+        return 4 * _patience(geometry)
+
     def confirm(
         self, inputs: Inputs, plans: Sequence[MergePlan], cluster: Cluster
     ) -> tuple[dict[str, object], list[Confirmed]]:
         """Time plans in a process of their own, in turn; the first is the dense one."""
-        seconds = 4 * _patience(inputs.geometry)
+        seconds = self.confirm_seconds(inputs.geometry)
         timed = partial(confirm_latency, stat=self.config.latency_stat, seconds=seconds)
         found: tuple[dict[str, object], list[Confirmed]] = self._alone(
             cluster, timed, self._served(inputs), plans

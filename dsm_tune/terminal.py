@@ -23,7 +23,7 @@ from dsm_tune.reviewing import summary
 if TYPE_CHECKING:
     from dsm_tune.searching.search import Progress
 
-__all__ = ["Terminal", "emit", "to_json", "write_curve", "write_result"]
+__all__ = ["Terminal", "emit", "to_json", "write_curve", "write_result", "write_survey"]
 
 QUIET_SECONDS = 5.0  # between two lines of progress where there is no bar
 
@@ -126,7 +126,7 @@ def _progress_words(progress: Progress, left: float) -> str:
     parts += [] if best is None else [f"best divergence {best:.3g}"]
     # The first generation carries the start of all workers: too early to tell.
     if progress.trials / 4 <= progress.done < progress.trials:
-        parts.append(f"{_duration(left)} left")
+        parts.append(f"{summary.duration_words(left)} left")
     return ", ".join(parts)
 
 
@@ -139,12 +139,6 @@ def _trial_words(progress: Progress) -> str:
     parts += [] if divergence is None else [f"divergence {divergence:.3g}"]
     parts += [summary.plan_words(record.plan), record.why]
     return "  ".join(filter(None, parts))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def printable(text: str) -> str:
@@ -198,11 +192,11 @@ def write_result(result: TuneResult, commands: Iterable[str], *, front: bool = F
         parts += ["", _front(result)]
     counts = result.trials
     trials = [f"{counts[state]} {state}" for state in ("complete", "pruned", "failed", "duplicate")]
-    images = result.images
+    images, duration = result.images, summary.duration_words(result.seconds)
     parts += [
         "",
         Text(
-            f"study {result.study}: {result.status}, {_duration(result.seconds)}; trials: "
+            f"study {result.study}: {result.status}, {duration}; trials: "
             f"{', '.join(trials)}; front: {len(result.front)}; D = {result.delay}; images: "
             f"{images['search']} to search, {images['holdout']} held out"
         ),
@@ -270,6 +264,41 @@ def _trial_name(one: Result) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
+
+
+def write_survey(body: Mapping[str, Any]) -> None:
+    """Print what is known before a search: the document of ``--dry-run --json``."""
+    budget, dense, images = body["budget"], body["dense"], body["images"]
+    top1 = dense["top1"]
+    quality = "" if top1 is None else f", top-1 {100 * top1:.1f} % on the search images"
+    answers = {True: "yes", False: "no: nothing that is known is fast enough"}
+    answer = "the dense model meets it" if budget["dense_fits"] else answers[budget["satisfiable"]]
+    wanted = _costs(budget["gmacs"], budget["ms"])
+    setting = "" if budget["ms"] is None else f" ({budget['stat']}, batch {budget['batch_size']})"
+    space, depth = body["search_space"], len(body["similarity_curve"])
+    shapes = "∞" if space["shapes"] is None else f"{space['shapes']:.0f}"
+    share = body["stability"].get(str(body["delay"]), 0.0)
+    duration = summary.duration_words(body["estimated_seconds"])
+    lines = {
+        "device": body["device"]["name"],
+        "dense": _costs(dense["gmacs"], dense["ms"]) + quality,
+        "budget": wanted + setting,
+        "reachable": _costs(budget["fastest_gmacs"], budget["fastest_ms"]),
+        "satisfiable": answer,
+        "delay": f"D = {body['delay']} of {depth} blocks, in {share:.0%} of resamples",
+        "search": f"{body['trials']} trials of {shapes} shapes ({space['name']})",
+        "images": f"{images['search']} to search, {images['holdout']} held out",
+        "duration": f"about {duration}",
+    }
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, text in lines.items():
+        table.add_row(name, Text(text))
+    _render([table, "", Text("Nothing was stored; without --dry-run the search begins.")])
+
+
+def _costs(gmacs: float | None, ms: float | None) -> str:
+    parts = [] if gmacs is None else [f"{gmacs:.3g} GMACs"]
+    return ", ".join(parts if ms is None else [*parts, f"{ms:.3g} ms"])
 
 
 def write_curve(body: Mapping[str, Any]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +14,17 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dsm_tune.answer import Answer, costing, load_study, parse_budget, resolve_budget, show
+from dsm_tune.answer import (
+    Answer,
+    load_study,
+    parse_budget,
+    profile_of,
+    show,
+)
 from dsm_tune.config import TuneConfig, absolute_storage
 from dsm_tune.diagnosis import check_cluster, check_database
 from dsm_tune.errors import ConfigError, StudyError
 from dsm_tune.inputs import (
-    CURVE_IMAGES,
     Inputs,
     Payload,
     dense_batch,
@@ -28,31 +34,27 @@ from dsm_tune.inputs import (
     make_evaluators,
 )
 from dsm_tune.measuring.quality import PerImage, bootstrap_interval
-from dsm_tune.merging.similarity import (
-    delay_stability,
-    detect_delay,
-    find_transition,
-    similarity_curves,
-)
 from dsm_tune.plan import MergePlan
 from dsm_tune.profile import DeviceProfile
 from dsm_tune.results import LatencyMs, Result, TuneResult
 from dsm_tune.reviewing.outcome import artifacts, open_queue
 from dsm_tune.reviewing.queue import TrackingQueue
 from dsm_tune.reviewing.stores import resolve_tracking_uri
+from dsm_tune.reviewing.summary import duration_words
 from dsm_tune.searching import engine
 from dsm_tune.searching.budget import Limits
 from dsm_tune.searching.engine import Cluster, Crew
 from dsm_tune.searching.search import Planner, Progress, Search
-from dsm_tune.searching.space import Choices, load_space
+from dsm_tune.searching.space import load_space
 from dsm_tune.searching.study import Study, study_names
+from dsm_tune.survey import MOST_CONFIRMED, Survey, make_planner, shapes_words, survey
 from dsm_tune.target import TargetDevice
 
-__all__ = ["Listener", "resume", "show", "tune"]
+__all__ = ["Listener", "dry_run", "resume", "show", "tune"]
 
 SEARCH, HELD_OUT = 0, 1  # the image sets, as the crew has them
-MOST_CONFIRMED = 10  # plans of the front that are measured at the end
-DENSE_FITS_SHARE = 0.75  # of the dense GMACs, for the front that is shown where dense fits
+MOST_CORRECTIONS = 2  # of the profile by what the confirmation measured
+FURTHER_SHARE = 0.25  # of the trials, after a correction
 
 
 class Listener(Protocol):
@@ -132,6 +134,25 @@ def resume(
     return _Tune(config.absolute(Path.cwd()), listener or _Silent(), clock).run()
 
 
+def dry_run(
+    config: TuneConfig,
+    *,
+    listener: Listener | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Survey:
+    """Look at model, images and device as :func:`tune` does, and stop there; nothing is stored.
+
+    Args:
+        config: as for :func:`tune`.
+        listener: is told what is found.
+        clock: returns seconds.
+
+    Raises:
+        DsmTuneError: as :func:`tune` does.
+    """
+    return _Tune(config.absolute(Path.cwd()), listener or _Silent(), clock).look()
+
+
 class _Tune:
     """One run of a study, phase by phase; each phase stores what it found."""
 
@@ -141,20 +162,25 @@ class _Tune:
         self.space = load_space(config.search_space)
         self.tracking_uri = resolve_tracking_uri(config.tracking_uri, Path.cwd())
         self.target = TargetDevice(config)
+        self.cluster = self._cluster()
         self.start = clock()
+
+    def look(self) -> Survey:
+        """Go through what comes before a search."""
+        inputs = self._load()
+        self._refuse_what_does_not_answer(is_new=True)
+        with engine.connected(self.cluster):
+            self._send(inputs)
+            return self._look(inputs, self._dense_outputs(SEARCH))
 
     def run(self) -> TuneResult:
         """Go through all phases, skipping what is stored already."""
-        inputs = load_inputs(self.config)
-        for line in inputs.skipped:
-            self.listener.say(f"skipped {line}")
+        inputs = self._load()
         identity = self._identity(inputs)
         found = self._find(identity)
         if found is not None and self._is_complete(found):
             self.listener.say(f"the study {found.name} is finished already; --trials continues it")
             return Answer.of(found).result()
-        self.cluster = self._cluster()
-        self.target.check(inputs.geometry)
         self._refuse_what_does_not_answer(found is None)
         with engine.connected(self.cluster):
             study = found or self._create(identity)  # not before all that can be refused has been
@@ -162,23 +188,34 @@ class _Tune:
             self._send(inputs)
             search_set = self._dense_outputs(SEARCH)
             if "limits" not in study.facts:
-                self._prepare(study, inputs)
+                facts = self._look(inputs, search_set).facts
+                for key, value in {"tracking_uri": self.tracking_uri, **facts}.items():
+                    study.put(key, value)  # the limits last: a study with limits is prepared
             study.put("status", "running")
             queue = open_queue(
                 study.name, study.facts, self.tracking_uri, self.config, self.listener.say
             )
             try:
-                stopped = self._search(study, inputs, search_set, queue)
-                if stopped == "interrupted":
-                    return self._end(study, queue, "interrupted")
-                queue.drain(timeout=60.0)  # nothing else shall run while plans are timed
-                self._confirm(study, inputs)
+                while True:
+                    if self._search(study, inputs, search_set, queue) == "interrupted":
+                        return self._end(study, queue, "interrupted")
+                    queue.drain(timeout=60.0)  # nothing else shall run while plans are timed
+                    self._confirm(study, inputs)
+                    if not self._correct(study, inputs):
+                        break
                 front = Answer.of(study).front()
                 return self._end(study, queue, "done" if front else "infeasible")
             except BaseException:
                 study.put("status", "interrupted")
                 queue.close(timeout=5.0)
                 raise
+
+    def _load(self) -> Inputs:
+        inputs = load_inputs(self.config)
+        for line in inputs.skipped:
+            self.listener.say(f"skipped {line}")
+        self.target.check(inputs.geometry)
+        return inputs
 
     # -- phases ---------------------------------------------------------------------------------
 
@@ -256,123 +293,41 @@ class _Tune:
         outputs = self.crew.map(dense_batch, [(which, batch) for batch in range(payload.batches)])
         return dataclasses.replace(payload, dense=np.concatenate(outputs))
 
-    def _prepare(self, study: Study, inputs: Inputs) -> None:
+    def _look(self, inputs: Inputs, search_set: Payload) -> Survey:
         """Find D, the profile where latency is bounded, and whether the budget can be met."""
-        config, geometry = self.config, inputs.geometry
-        curves = similarity_curves(inputs.model, inputs.search.pixels[:CURVE_IMAGES])
-        curve = [float(value) for value in curves.mean(dim=0)]
-        delay = detect_delay(curve)
-        stability = delay_stability(curves, seed=config.seed)
-        share = stability.get(delay, 0.0)
-        how = (
-            ""
-            if find_transition(curve) is not None
-            else " (the curve shows no transition: depth / 6)"
+        assert search_set.dense is not None  # `_dense_outputs` has set it
+        some = range(min(search_set.batches, self.cluster.workers))
+        start = self.clock()  # once more, as the first time the processes had to start
+        self.crew.map(dense_batch, [(SEARCH, batch) for batch in some])
+        images = sum(search_set.size_of(batch) for batch in some)
+        return survey(
+            self.config,
+            inputs,
+            self.space,
+            self.asked,
+            self.target,
+            self.cluster,
+            dense=search_set.dense,
+            image_seconds=(self.clock() - start) / images,
+            say=self.listener.say,
         )
-        self.listener.say(
-            f"delay D = {delay} of {geometry.depth} blocks{how}, in {share:.0%} of resamples"
-        )
-        dense = MergePlan(config.model_name, geometry)
-        profile = self.target.given
-        if profile is None and "ms" in self.asked:
-            profile = self._measure_profile(inputs)
-        dense_ms = None if profile is None else profile.predict(dense)
-        limits = resolve_budget(self.asked, dense.gmacs, dense_ms, config.max_drop)
-        planner = self._planner(inputs, delay, limits, profile)
-        fastest = planner.fastest()
-        satisfiable = limits.excess(planner.cost_of(fastest)) <= 0
-        for key, value in {
-            "images": {
-                "search": len(inputs.search),
-                "holdout": len(inputs.holdout),
-                "labelled": inputs.labelled,
-            },
-            "device": self.target.facts(profile),
-            "similarity_curve": curve,
-            "stability": {str(d): s for d, s in stability.items()},
-            "delay": delay,
-            "profile": None if profile is None else profile.to_json(),
-            "dense_gmacs": dense.gmacs,
-            "dense_ms": dense_ms,
-            "dense_digest": dense.digest,
-            "fastest_ms": None if profile is None else planner.cost_of(fastest).ms,
-            "fastest_gmacs": fastest.gmacs,
-            "fastest": fastest.to_json(),
-            "satisfiable": satisfiable,
-            "references": {k: p.to_json() for k, p in planner.known().items()},
-            "tracking_uri": self.tracking_uri,
-            "limits": dataclasses.asdict(limits),  # last: a study with limits is prepared
-        }.items():
-            study.put(key, value)
-        self._say_budget(limits, dense, dense_ms, satisfiable, planner.cost_of(fastest))
-
-    def _say_budget(
-        self,
-        limits: Limits,
-        dense: MergePlan,
-        dense_ms: float | None,
-        satisfiable: bool,
-        fastest: Any,
-    ) -> None:
-        reach = f"{fastest.gmacs:.3g} GMACs" + (
-            f", {fastest.ms:.3g} ms" if fastest.ms is not None else ""
-        )
-        have = f"{dense.gmacs:.3g} GMACs" + (f", {dense_ms:.3g} ms" if dense_ms is not None else "")
-        wanted = [
-            f"{limits.ms:.3g} ms" if limits.ms else "",
-            f"{limits.gmacs:.3g} GMACs" if limits.gmacs else "",
-        ]
-        self.listener.say(
-            f"budget {' and '.join(filter(None, wanted))}; dense {have}; "
-            f"fastest reachable {reach}; satisfiable: {'yes' if satisfiable else 'no'}"
-        )
-
-    def _measure_profile(self, inputs: Inputs) -> DeviceProfile:
-        """Measure a device profile here and now."""
-        self.listener.say(f"device profile at batch size {self.config.batch_size}")
-        features = self.space.parameters["feature"]
-        names = features.values if isinstance(features, Choices) else ("k",)
-        profile = self.target.profile(inputs, names, self.cluster)
-        self.listener.say(
-            f"its predictions are off by {profile.error:.0%} at most, on plans measured whole"
-        )
-        return profile
 
     def _planner(
-        self, inputs: Inputs, delay: int, limits: Limits, profile: DeviceProfile | None
+        self, inputs: Inputs, facts: Mapping[str, Any], profile: DeviceProfile | None
     ) -> Planner:
-        cost_of = costing(profile)
-        dense_cost = cost_of(MergePlan(self.config.model_name, inputs.geometry))
-        fits = limits.excess(dense_cost) <= 0
-        targets = limits
-        if fits:
-            targets = dataclasses.replace(limits, gmacs=dense_cost.gmacs * DENSE_FITS_SHARE)
-        elif profile is not None and limits.ms is not None:
-            targets = dataclasses.replace(limits, ms=limits.ms / (1 + min(profile.error, 0.1)))
-        space = self.space.bind(inputs.geometry, delay)
-        return Planner(
-            space,
-            inputs.geometry,
-            delay,
-            limits,
-            targets,
-            cost_of,
-            self.config.model_name,
-            by_gmacs=fits,
-        )
+        limits = Limits(**facts["limits"])
+        return make_planner(self.config, inputs, self.space, facts["delay"], limits, profile)
 
     def _search(self, study: Study, inputs: Inputs, payload: Payload, queue: TrackingQueue) -> str:
         """Run the trials; returns why they ended early, or an empty text."""
         facts = study.facts
-        limits = Limits(**facts["limits"])
-        profile = None if facts["profile"] is None else DeviceProfile.from_json(facts["profile"])
-        planner = self._planner(inputs, facts["delay"], limits, profile)
-        size = planner.space.size
+        planner = self._planner(inputs, facts, profile_of(facts))
         trials = self.config.trials if facts["satisfiable"] else 3  # dense, ToMe and DSM
+        trials += len(facts.get("corrections", [])) * math.ceil(trials * FURTHER_SHARE)
         self.listener.say(
-            f"searching {'∞' if size == float('inf') else f'{size:.0f}'} shapes of "
-            f"{planner.space.name}: {trials} trials on {len(inputs.search)} images, "
-            f"{self.cluster.workers} workers"
+            f"searching {shapes_words(planner.space)}: {trials} trials on "
+            f"{len(inputs.search)} images, {self.cluster.workers} workers, "
+            f"about {duration_words(facts['estimated_seconds'])} to the answer"
         )
 
         answer = Answer.of(study)  # once: reading all trials at the end of each would be quadratic
@@ -418,11 +373,7 @@ class _Tune:
         judged = self.crew.map(partial(judge, dense=payload.dense), plans)
         self.listener.say("timing them alone, in turn with the dense model")
         device, timed = self.target.confirm(inputs, plans, self.cluster)
-        profile = (
-            None
-            if study.facts["profile"] is None
-            else DeviceProfile.from_json(study.facts["profile"])
-        )
+        profile = profile_of(study.facts)
         for plan, per_image, found in zip(plans, judged, timed, strict=True):
             predicted = None if profile is None else profile.predict(plan)
             latency = dataclasses.replace(found.latency_ms, predicted=predicted)
@@ -430,6 +381,33 @@ class _Tune:
             stored[plan.digest] = {"result": result.to_dict(), "ratio_high": found.ratio_high}
         study.put("confirmed_on", device)
         study.put("confirmed", stored)
+
+    def _correct(self, study: Study, inputs: Inputs) -> bool:
+        """Whether to search on, with a corrected profile, because no plan proved fast enough.
+
+        The profile is scaled by what plans took over what it said of them, and some more trials
+        are asked for, fitted to what it says now.
+        """
+        facts = study.facts
+        corrections = facts.get("corrections", [])
+        if len(corrections) >= MOST_CORRECTIONS or not facts["satisfiable"]:
+            return False
+        answer = Answer.of(study)
+        factor = answer.misprediction()
+        is_met = any(result.divergence is not None for result in answer.front())
+        if is_met or factor is None or factor <= 1:
+            return False
+        corrections = [*corrections, factor]
+        profile = profile_of({**facts, "corrections": corrections})
+        planner = self._planner(inputs, facts, profile)
+        if planner.limits.excess(planner.cost_of(planner.fastest())) > 0:
+            return False
+        self.listener.say(
+            f"no plan met the budget when timed: plans took {factor:.2f}× what was predicted; "
+            "searching on with that corrected"
+        )
+        study.put("corrections", corrections)
+        return True
 
     def _to_confirm(self, study: Study) -> list[MergePlan]:
         """Dense, ToMe, DSM, then the front, thinned to a number that can be measured well."""

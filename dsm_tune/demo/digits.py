@@ -14,14 +14,14 @@ from dsm_tune.errors import ConfigError
 
 __all__ = ["SIDE", "SPLITS", "augment", "load_split", "split_indices"]
 
-SIDE = 56
+SIDE = 28
 SPLITS = ("train", "search", "holdout")
 TRAIN_IMAGES = 1000
 BRIGHTEST = 16.0  # the data set counts ink from 0 to 16
 
 
 def load_split(name: str) -> tuple[Tensor, Tensor]:
-    """Return images ``[N, 3, 56, 56]`` (float32, normalised) and labels ``[N]`` (int64, 0 to 9).
+    """Return images ``[N, 3, 28, 28]`` (float32, normalised) and labels ``[N]`` (int64, 0 to 9).
 
     Raises:
         ConfigError: if ``name`` is not one of ``SPLITS``.

@@ -21,7 +21,7 @@ WEIGHTS = "digits_vit.safetensors"
 def create_model() -> VisionTransformer:
     """Return the model in eval mode with the packaged weights, float32, on the CPU.
 
-    Images ``[B, 3, 56, 56]`` go in, logits ``[B, 10]`` come out.
+    Images ``[B, 3, 28, 28]`` go in, logits ``[B, 10]`` come out.
 
     Raises:
         ModelError: if the packaged weights are missing or do not fit.
@@ -48,13 +48,13 @@ def untrained_model(*, patch_drop_rate: float = 0.0) -> VisionTransformer:
     """
     model = VisionTransformer(
         img_size=SIDE,
-        patch_size=4,
+        patch_size=2,
         num_classes=len(CLASS_NAMES),
         global_pool="token",
-        embed_dim=48,
-        depth=8,
+        embed_dim=32,
+        depth=6,
         num_heads=2,
-        mlp_ratio=4.0,
+        mlp_ratio=2.0,
         act_layer="relu",
         patch_drop_rate=patch_drop_rate,
     )

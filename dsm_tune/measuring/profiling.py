@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune import schedules
-from dsm_tune.measuring.latency import forward_of, interleave, timer_for
+from dsm_tune.measuring.latency import forward_of, interleave, timer_for, when_warm
 from dsm_tune.merging import backbone
 from dsm_tune.merging.matching import Tokens
 from dsm_tune.merging.merged import MergedBlocks, merged_view
@@ -185,13 +185,12 @@ def _time_calls(
         for _ in range(repeats):
             call()
 
+    timings = {key: when_warm(partial(often, call), timed) for key, call in calls.items()}
     samples: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
-    for call in calls.values():
-        timed(call)
     start = clock()
     while clock() - start < seconds or len(next(iter(samples.values()))) < 5:
-        for key, call in calls.items():
-            samples[key].append(timed(partial(often, call)) / repeats)
+        for key, timing in timings.items():
+            samples[key].append(timing() / repeats)
     return {key: statistics.median(values) for key, values in samples.items()}
 
 

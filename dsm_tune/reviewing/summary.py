@@ -154,11 +154,18 @@ def budget_words(budget: BudgetReport, *, short: bool = False) -> str:
     return " and ".join(parts) or "none"
 
 
+def duration_words(seconds: float) -> str:
+    """Return a duration as text, such as ``40 s``, ``3 min`` or ``1.5 h``."""
+    if seconds < 60:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def plan_words(plan: MergePlan) -> str:
     """Return a plan in a few words, such as ``D=1 r=13–18 w=7–9 kv λ=0.3``."""
     steps = plan.active_steps
     if not steps:
-        return "dense"
+        return "dense" if plan.last_block == "all" else "dense, last=prefix"
     counts = [step.r for step in steps]
     windows = [step.window for step in steps if step.window is not None]
     words = [f"D={steps[0].block}", f"r={_range(counts)}"]

@@ -202,8 +202,12 @@ def cheapest(
     *,
     model: str = "",
 ) -> MergePlan:
-    """Return the plan of a shape with the least predicted cost, whatever the limits are."""
-    return min(_plans(shape, geometry, model), key=lambda plan: limits.objective(cost_of(plan)))
+    """Return the plan of a shape with the least predicted cost, whatever the limits are.
+
+    It removes tokens if any plan of the shape does, even where removing them does not pay.
+    """
+    plans = list(_plans(shape, geometry, model))
+    return min(plans[1:] or plans, key=lambda plan: limits.objective(cost_of(plan)))
 
 
 def published_shapes(geometry: Geometry, delay: int) -> dict[str, Shape]:

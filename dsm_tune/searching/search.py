@@ -63,12 +63,14 @@ class Planner:
         shape = build(params, self.geometry, self.delay)
         return self.fit(shape, share=params["cost_share"])
 
-    def fit(self, shape: Shape, share: float = 1.0) -> MergePlan | None:
-        """The plan of a shape that comes closest to the targets."""
+    def fit(
+        self, shape: Shape, share: float = 1.0, targets: Limits | None = None
+    ) -> MergePlan | None:
+        """The plan of a shape that comes closest to the targets; by default to those of trials."""
         return fit(
             shape,
             self.geometry,
-            self.targets,
+            targets or self.targets,
             self.cost_of,
             share=share,
             model=self.model,
@@ -78,23 +80,41 @@ class Planner:
     def known(self) -> dict[str, MergePlan]:
         """What is known before a search, by label: dense, and what was published, fitted.
 
-        Where ToMe or DSM cannot meet the budget, the plan of theirs that comes closest is taken.
+        Where ToMe or DSM cannot meet the budget, theirs is the plan with the GMACs of the targets
+        if dense does meet it, else the one that comes closest. Last comes, where it meets the
+        budget, the plan that removes nothing and whose last block computes what the head reads
+        alone: its outputs are those of dense.
         """
         plans = {"dense": MergePlan(self.model, self.geometry)}
         for label, shape in published_shapes(self.geometry, self.delay).items():
             plan = self.fit(shape)
             if plan is None and label in ("tome", "dsm"):
-                plan = cheapest(shape, self.geometry, self.limits, self.cost_of, model=self.model)
+                plan = self._nearest(shape)
             if plan is not None:
                 plans[label] = plan
+        for lossless in self._without_steps()[1:]:
+            if self.limits.admit(self.cost_of(lossless)):
+                plans["dense-prefix"] = lossless
         return plans
+
+    def _without_steps(self) -> list[MergePlan]:
+        """Dense, and where the head reads prefix tokens alone, what computes no others last."""
+        ends = ["all", "prefix"] if self.geometry.reads_prefix_only else ["all"]
+        return [MergePlan(self.model, self.geometry, last_block=end) for end in ends]
+
+    def _nearest(self, shape: Shape) -> MergePlan:
+        """The plan of a shape that cannot meet the budget."""
+        plan = None
+        if self.by_gmacs:
+            plan = self.fit(shape, targets=dataclasses.replace(self.targets, ms=None))
+        return plan or cheapest(shape, self.geometry, self.limits, self.cost_of, model=self.model)
 
     def fastest(self) -> MergePlan:
         """The plan with the least predicted cost of all shapes that are known before the search."""
         shapes = list(published_shapes(self.geometry, self.delay).values())
         for point in self.space.enqueued:
             shapes.append(build(self.space.complete(point), self.geometry, self.delay))
-        plans = [MergePlan(self.model, self.geometry)]
+        plans = self._without_steps()
         for shape in shapes:
             plans.append(
                 cheapest(shape, self.geometry, self.limits, self.cost_of, model=self.model)

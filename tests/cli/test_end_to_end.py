@@ -50,8 +50,8 @@ def test_json_is_one_document_as_the_interface_says(tuned: Ended) -> None:
     assert document["study"] == STUDY
     assert document["status"] == "done"
     assert document["images"] == {"search": 150, "holdout": 398, "labelled": True}
-    assert len(document["similarity_curve"]) == 8
-    assert 0 <= document["delay"] <= 8
+    assert len(document["similarity_curve"]) == 6
+    assert 0 <= document["delay"] <= 6
     assert document["budget"]["satisfiable"] is True
     assert document["budget"]["dense_fits"] is False
     assert document["budget"]["gmacs"] == pytest.approx(0.6 * document["dense"]["gmacs"])
@@ -99,7 +99,7 @@ def test_progress_is_plain_lines_of_ours_on_stderr(tuned: Ended) -> None:
         f"study {STUDY}",
         "dense outputs",
         "delay D",
-        "budget 0.0443 GMACs; dense 0.0738 GMACs; fastest reachable ",
+        "budget 0.0148 GMACs; dense 0.0247 GMACs; fastest reachable ",
         "searching",
         "8/8 trials, best divergence ",
         "confirming",
@@ -110,6 +110,19 @@ def test_progress_is_plain_lines_of_ours_on_stderr(tuned: Ended) -> None:
     for start in starts:
         assert any(line.startswith(start) for line in lines), start
     assert "\x1b" not in tuned.err
+
+
+def test_a_dry_run_says_what_is_reachable_and_writes_nothing(tmp_path: Path) -> None:
+    told = run("--budget-gflops", "60%", "--dry-run", "--json", cwd=tmp_path)
+    assert told.code == 0
+    document = told.json
+    assert document["budget"]["satisfiable"] is True
+    assert document["budget"]["dense_fits"] is False
+    assert document["budget"]["fastest_gmacs"] < document["budget"]["gmacs"]
+    assert document["budget"]["gmacs"] == pytest.approx(0.6 * document["dense"]["gmacs"])
+    assert document["dense"]["top1"] > 0.9
+    assert document["estimated_seconds"] > 0
+    assert contents(tmp_path) == {}
 
 
 def test_show_prints_the_same_document_and_writes_nothing(

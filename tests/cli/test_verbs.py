@@ -236,11 +236,11 @@ def test_curve_prints_the_delay_of_the_demo_and_its_stability(call: Call) -> Non
     assert told.code == 0
     document = told.json
     assert document["images"] == 64
-    assert len(document["similarity_curve"]) == 8
+    assert len(document["similarity_curve"]) == 6
     assert document["transition"] is True
     assert sum(document["stability"].values()) == pytest.approx(1)
     shown = call("curve")
-    assert f"D = {document['delay']} of 8 blocks" in shown.out
+    assert f"D = {document['delay']} of 6 blocks" in shown.out
     assert max(map(len, shown.out.splitlines())) <= 80
 
 

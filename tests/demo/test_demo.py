@@ -48,7 +48,7 @@ def test_images_have_the_promised_shape_dtype_and_scale(
     holdout: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     images, labels = holdout
-    assert images.shape == (398, 3, 56, 56)
+    assert images.shape == (398, 3, 28, 28)
     assert images.dtype == torch.float32
     assert labels.shape == (398,)
     assert labels.dtype == torch.int64
@@ -85,7 +85,7 @@ def test_missing_weights_are_a_model_error_that_says_how_to_write_them(
 
 def test_timm_finds_the_models_own_transform() -> None:
     config = timm.data.resolve_model_data_config(demo.create_model())
-    assert config["input_size"] == (3, 56, 56)
+    assert config["input_size"] == (3, 28, 28)
     assert (config["mean"], config["std"]) == (demo.MEAN, demo.STD)
     assert config["crop_pct"] == 1.0
 

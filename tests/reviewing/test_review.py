@@ -144,6 +144,8 @@ def test_figures_have_three_digits(
 
 def test_a_plan_in_words_names_delay_r_and_what_is_unusual() -> None:
     assert summary.plan_words(build.DENSE) == "dense"
+    lossless = dataclasses.replace(build.DENSE, last_block="prefix")
+    assert summary.plan_words(lossless) == "dense, last=prefix"
     assert summary.plan_words(build.TOME) == "D=0 r=13"
     assert summary.plan_words(build.DSM) == "D=2 r=17 w=7–9"
     unusual = build.plan(13, feature="kv", salience=0.3)

@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Evaluation
 from dsm_tune.searching import study
+from dsm_tune.searching.budget import Cost, Limits
 from dsm_tune.searching.pareto import non_dominated
 from dsm_tune.searching.search import Progress, Search
 from dsm_tune.searching.study import Study
@@ -410,6 +411,33 @@ def test_a_budget_that_dense_meets_puts_dense_on_the_front(url: str) -> None:
     search = small.drive(small.open_search(url, planner=planner))
     assert any(r.label == "dense" for r in search.front())
     assert len(search.front()) > 1
+
+
+def test_what_computes_no_more_than_the_head_reads_is_known_where_it_meets_the_budget() -> None:
+    dense = MergePlan("toy", small.GEOMETRY)
+    lossless = small.planner(share=0.99).known()["dense-prefix"]
+    assert not any(lossless.removed)
+    assert lossless.gmacs < dense.gmacs
+    assert "dense-prefix" not in small.planner(share=lossless.gmacs / dense.gmacs - 0.01).known()
+    averaging = dataclasses.replace(small.GEOMETRY, head="avg")
+    assert "dense-prefix" not in dataclasses.replace(small.planner(), geometry=averaging).known()
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_reference_that_cannot_meet_the_budget_removes_tokens_all_the_same(fits: bool) -> None:
+    def cost_of(plan: MergePlan) -> Cost:  # as on a small model, where merging does not pay
+        return Cost(plan.gmacs, 3.0 + 2.0 * len(plan.active_steps))
+
+    dense = MergePlan("toy", small.GEOMETRY)
+    limits = Limits(ms=4.0 if fits else 2.0)
+    targets = dataclasses.replace(limits, gmacs=0.75 * dense.gmacs) if fits else limits
+    planner = dataclasses.replace(
+        small.planner(), limits=limits, targets=targets, cost_of=cost_of, by_gmacs=fits
+    )
+    for label in ("tome", "dsm"):
+        plan = planner.known()[label]
+        assert any(plan.removed)
+        assert not fits or 0.7 * dense.gmacs < plan.gmacs <= 0.75 * dense.gmacs
 
 
 def test_a_study_is_read_by_others_while_it_runs(url: str) -> None:

@@ -92,7 +92,7 @@ class Answer:
 
     def result_of(self, record: Record) -> Result:
         """A trial as a result: confirmed, or predicted where it is not confirmed."""
-        confirmed = self.facts.get("confirmed", {}).get(record.plan.digest)
+        confirmed = self._confirmed(record.plan.digest)
         latest = record.latest
         full = latest is not None and record.state == "complete"
         common: dict[str, Any] = {
@@ -101,10 +101,7 @@ class Answer:
             "divergence_search": latest.divergence if full and latest is not None else None,
         }
         if confirmed is not None:
-            result = dataclasses.replace(Result.from_dict(confirmed["result"]), **common)
-            return dataclasses.replace(
-                result, feasible=self._meets(result, confirmed.get("ratio_high"))
-            )
+            return dataclasses.replace(confirmed, **common)
         predicted = self._predict(record.plan)
         result = Result(
             plan=record.plan,
@@ -114,6 +111,14 @@ class Answer:
         )
         feasible = self.limits.excess(Cost(result.gmacs, predicted)) <= 0
         return dataclasses.replace(result, feasible=feasible)
+
+    def _confirmed(self, digest: str) -> Result | None:
+        """What the confirmation found of a plan, if it was among those."""
+        found = self.facts.get("confirmed", {}).get(digest)
+        if found is None:
+            return None
+        result = Result.from_dict(found["result"])
+        return dataclasses.replace(result, feasible=self._meets(result, found.get("ratio_high")))
 
     def _predict(self, plan: MergePlan) -> float | None:
         profile = self.profile
@@ -236,15 +241,12 @@ class Answer:
         return {**counts, "duplicate": duplicates}
 
     def reference(self, label: str) -> Result:
-        """The dense model's, ToMe's or DSM's result; dense where a trial has yet to be added."""
-        for record in self.records:
-            if record.label == label:
-                return self.result_of(record)
+        """The dense model's, ToMe's or DSM's result; a trial's, unless the budget moved since."""
         plan = MergePlan.from_json(self.facts["references"][label])
         for record in self.records:  # its plan may be that of another label
             if record.plan.digest == plan.digest:
                 return self.result_of(record)
-        return Result(plan, plan.gmacs)
+        return self._confirmed(plan.digest) or Result(plan, plan.gmacs)
 
     def result(self) -> TuneResult:
         """The ``--json`` document."""

@@ -406,6 +406,7 @@ class _Tune:
             f"no plan met the budget when timed: plans took {factor:.2f}× what was predicted; "
             "searching on with that corrected"
         )
+        study.put("references", {k: plan.to_json() for k, plan in planner.known().items()})
         study.put("corrections", corrections)
         return True
 

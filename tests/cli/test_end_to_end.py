@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 from command_line import Ended, children, contents, run, runs
 
 from dsm_tune.plan import MergePlan
+from dsm_tune.profile import DeviceProfile
 
 STUDY = "digits"
 TUNE = ("--budget-gflops", "60%", "--trials", "8", "--study", STUDY, "--json")
@@ -215,3 +217,25 @@ def test_a_budget_below_the_reachable_exits_with_three_and_says_what_can_be_reac
     assert document["tome"]["divergence"] > 0
     assert "satisfiable: no" in ended.err
     assert json.dumps(document, allow_nan=False)
+
+
+@pytest.mark.slow
+def test_a_profile_that_promised_too_much_is_corrected_and_the_search_goes_on(
+    tmp_path: Path,
+) -> None:
+    made = run("profile", "--batch-size", "64", "-o", "true.json", cwd=tmp_path)
+    assert made.code == 0, made
+    profile = DeviceProfile.load(tmp_path / "true.json")
+    dense = MergePlan("", profile.geometry)
+    budget = 0.8 * profile.predict(dense)
+    hopeful = dataclasses.replace(profile, scale=0.6 * profile.scale)
+    (tmp_path / "hopeful.json").write_text(hopeful.to_json())
+    options = ("--batch-size", "64", "--device-profile", "hopeful.json", "--trials", "12")
+    told = run(*options, "--budget-ms", f"{budget}", "--json", cwd=tmp_path)
+    assert "no plan met the budget when timed" in told.err
+    document = told.json
+    assert sum(document["trials"][state] for state in ("complete", "pruned")) > 12
+    for result in document["front"]:
+        assert result["latency_ms"]["high"] <= budget
+    # Where the machine did not slow down between the two commands, something is found.
+    assert told.code == (3 if document["chosen"] is None else 0)

@@ -116,7 +116,7 @@ def answer(result: TuneResult) -> str:
     if result.budget.satisfiable:
         return (
             f"{early}None of the {result.trials.get('complete', 0)} plans that were tried meets "
-            f"the budget of {budget}, but {closest} can be reached: search with that budget."
+            f"the budget of {budget}: {_missed(result, closest)}."
         )
     return (
         f"{early}Nothing meets the budget of {budget}: the fastest reachable is {closest}, "
@@ -299,6 +299,24 @@ def _fastest(result: TuneResult) -> str:
         return f"{result.budget.fastest_gmacs:.3g} GMACs"
     known = [result.dense, result.tome, result.dsm, *result.front]
     return _costs(min(known, key=lambda one: one.gmacs), result)
+
+
+def _missed(result: TuneResult, closest: str) -> str:
+    """Why no plan meets a budget that can be met, as far as is known."""
+    known = [(_latency(one, result.budget), one) for one in (result.dense, result.tome, result.dsm)]
+    timed = [(ms, one) for ms, one in known if ms is not None and one.latency_ms.p50 is not None]
+    if result.budget.ms is None or not timed:
+        return f"{closest} can be reached, search with that budget"
+    ms, one = min(timed, key=lambda pair: pair[0])
+    predicted = one.latency_ms.predicted
+    name = {id(result.dense): "the dense model", id(result.tome): "ToMe"}.get(id(one), "DSM")
+    taken = f"timed alone, {name} took {_costs(one, result)}"
+    if predicted is None or ms < 1.1 * predicted:
+        return f"{taken}; the device profile says that {closest} can be reached"
+    return (
+        f"{taken}, {ms / predicted:.1f}× what the device profile had said; "
+        "this machine was slower or busier then, try again when it is idle"
+    )
 
 
 def _range(values: list[int]) -> str:

@@ -85,6 +85,30 @@ def test_where_nothing_fits_the_fastest_reachable_is_said() -> None:
     assert [row.name for row in summary.rows(infeasible())] == ["dense", "ToMe", "DSM"]
 
 
+def missed(measured: float, predicted: float) -> str:
+    """The answer of a study that should have met 4.6 ms, whose fastest plan is ToMe's."""
+    some = build.study(by="ms")
+    tome, slow = (
+        dataclasses.replace(
+            some.tome, latency_ms=LatencyMs(ms, ms, ms, ms, ms, predicted=predicted), feasible=False
+        )
+        for ms in (measured, 99.0)
+    )
+    changes: dict[str, Any] = {"dense": slow, "tome": tome, "dsm": slow, "front": []}
+    return summary.answer(dataclasses.replace(some, **changes, status="infeasible", chosen=None))
+
+
+def test_where_plans_proved_slower_than_predicted_the_machine_is_blamed() -> None:
+    words = missed(measured=6.0, predicted=3.0)
+    assert "timed alone, ToMe took 6.00 ms, 2.0× what the device profile had said" in words
+    assert "try again when it is idle" in words
+
+
+def test_where_the_prediction_held_the_fastest_that_it_knows_is_said() -> None:
+    words = missed(measured=6.0, predicted=5.9)
+    assert "timed alone, ToMe took 6.00 ms; the device profile says that 2.2 ms can be" in words
+
+
 def test_a_running_study_does_not_say_that_nothing_fits() -> None:
     assert summary.answer(STUDIES["bare"]).startswith("So far no plan is chosen")
 

@@ -320,7 +320,7 @@ def show(
         StudyError: if there is no such study, or its search has not begun.
     """
     found = load_study(absolute_storage(storage, Path.cwd()), study)
-    if "limits" not in found.facts:
+    if found.facts.get("limits") is None:
         raise StudyError(f"the study {study!r} has not begun its search yet; try again in a moment")
     if budget_ms is None and budget_gflops is None:
         return Answer.of(found).result()

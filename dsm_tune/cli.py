@@ -107,9 +107,9 @@ def tune(ctx: click.Context, /, **values: Any) -> int:
 
 @verbs.command()
 @click.argument("study", type=options.Text())
-@with_options(options.RESUMED, options.OUTPUT)
+@with_options(options.BUDGETS, options.RESUMED, options.OUTPUT)
 def resume(study: str, **values: Any) -> int:
-    """Go on after a crash or Ctrl-C, or with more --trials.
+    """Go on after a crash or Ctrl-C, with more --trials, or with another budget.
 
     Nothing that has finished is done again.
     """

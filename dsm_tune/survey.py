@@ -91,6 +91,7 @@ def survey(
     target: TargetDevice,
     cluster: Cluster,
     *,
+    profile: DeviceProfile | None,
     dense: np.ndarray[Any, Any],
     image_seconds: float,
     say: Callable[[str], None],
@@ -104,6 +105,7 @@ def survey(
         asked: the bounds by unit.
         target: the device that a latency is bounded on.
         cluster: that Ray is connected to.
+        profile: what an earlier look measured, if there was one.
         dense: [N, K] outputs of the dense model on the search images.
         image_seconds: of one image through the dense model, all workers at work.
         say: is told what was found, line by line.
@@ -117,7 +119,7 @@ def survey(
     how = "" if is_seen else " (the curve shows no transition: depth / 6)"
     share = stability.get(delay, 0.0)
     say(f"delay D = {delay} of {geometry.depth} blocks{how}, in {share:.0%} of resamples")
-    profile = target.given
+    profile = profile or target.given
     if profile is None and "ms" in asked:
         profile = _measure_profile(config, inputs, space, target, cluster, say)
     plan = MergePlan(config.model_name, geometry)

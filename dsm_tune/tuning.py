@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,6 +52,7 @@ from dsm_tune.target import TargetDevice
 
 __all__ = ["Listener", "dry_run", "resume", "show", "tune"]
 
+BUDGETS = ("budget_ms", "budget_gflops")  # what a study may go on with another value of
 SEARCH, HELD_OUT = 0, 1  # the image sets, as the crew has them
 MOST_CORRECTIONS = 2  # of the profile by what the confirmation measured
 FURTHER_SHARE = 0.25  # of the trials, after a correction
@@ -109,14 +110,17 @@ def resume(
         storage: database URL; as for :func:`tune`.
         listener: is told what happens.
         clock: returns seconds.
-        changes: options of :class:`TuneConfig` that may change: ``trials``, ``timeout`` …
+        changes: options of :class:`TuneConfig` that may change: ``trials``, ``timeout`` …;
+            with ``budget_ms`` or ``budget_gflops`` the study goes on under that budget, for as
+            many further trials as it was begun with if ``trials`` does not say otherwise.
 
     Raises:
         StudyError: if there is no such study, or it was made for a module rather than a name.
     """
     url = absolute_storage(storage, Path.cwd())
-    facts = load_study(url, study).facts
-    stored = facts["config"]
+    found = load_study(url, study)
+    facts, stored = found.facts, found.facts["config"]
+    changes = {name: value for name, value in changes.items() if value is not None}
     if not stored.get("by_name", True):
         raise StudyError(
             f"the study {study!r} was made for a module in Python; "
@@ -128,10 +132,13 @@ def resume(
         "storage": url,
         "tracking_uri": facts.get("tracking_uri"),  # where its runs are, wherever this one is
     }
-    config = TuneConfig.from_dict(
-        {**options, **{k: v for k, v in changes.items() if v is not None}}
-    )
-    return _Tune(config.absolute(Path.cwd()), listener or _Silent(), clock).run()
+    budgets = {name: changes.get(name) for name in BUDGETS}
+    if any(budgets.values()):
+        is_another = any(stored[name] != value for name, value in budgets.items())
+        trials = stored["trials"] + (len(found.records()) if is_another else 0)
+        changes = {"trials": trials, **changes, **budgets}
+    config = TuneConfig.from_dict({**options, **changes})
+    return _Tune(config.absolute(Path.cwd()), listener or _Silent(), clock).run(rebudget=True)
 
 
 def dry_run(
@@ -171,14 +178,19 @@ class _Tune:
         self._refuse_what_does_not_answer(is_new=True)
         with engine.connected(self.cluster):
             self._send(inputs)
-            return self._look(inputs, self._dense_outputs(SEARCH))
+            return self._look(inputs, self._dense_outputs(SEARCH), None)
 
-    def run(self) -> TuneResult:
-        """Go through all phases, skipping what is stored already."""
+    def run(self, *, rebudget: bool = False) -> TuneResult:
+        """Go through all phases, skipping what is stored already.
+
+        Args:
+            rebudget: whether a study that was begun with another budget may go on with this one.
+        """
         inputs = self._load()
         identity = self._identity(inputs)
-        found = self._find(identity)
-        if found is not None and self._is_complete(found):
+        found = self._find(identity, but=BUDGETS if rebudget else ())
+        is_another = found is not None and found.facts["identity"] != identity
+        if found is not None and self._is_complete(found) and not is_another:
             self.listener.say(f"the study {found.name} is finished already; --trials continues it")
             return Answer.of(found).result()
         self._refuse_what_does_not_answer(found is None)
@@ -187,8 +199,10 @@ class _Tune:
             self.earlier_seconds = study.facts.get("seconds", 0.0)
             self._send(inputs)
             search_set = self._dense_outputs(SEARCH)
-            if "limits" not in study.facts:
-                facts = self._look(inputs, search_set).facts
+            if is_another:
+                self._change_budget(study, identity)
+            if study.facts.get("limits") is None:
+                facts = self._look(inputs, search_set, profile_of(study.facts)).facts
                 for key, value in {"tracking_uri": self.tracking_uri, **facts}.items():
                     study.put(key, value)  # the limits last: a study with limits is prepared
             study.put("status", "running")
@@ -240,15 +254,19 @@ class _Tune:
         config = self.config
         assert config.storage is not None  # `absolute` has set it
         facts = {
-            "config": {**config.to_dict(), "by_name": isinstance(config.model, str)},
+            "config": self._stored_config(),
             "identity": identity,
             "study_id": os.urandom(16).hex(),
         }
         self.listener.say(f"study {config.study_name}")
         return Study.create(config.storage, config.study_name, facts)
 
-    def _find(self, identity: dict[str, Any]) -> Study | None:
-        """Open the study of this name, if there is one."""
+    def _stored_config(self) -> dict[str, Any]:
+        by_name = isinstance(self.config.model, str)
+        return {**self.config.to_dict(), "by_name": by_name}
+
+    def _find(self, identity: dict[str, Any], but: Collection[str]) -> Study | None:
+        """Open the study of this name, if there is one; it may differ in what ``but`` names."""
         config = self.config
         assert config.storage is not None  # `absolute` has set it
         if config.study_name not in study_names(config.storage):
@@ -256,7 +274,7 @@ class _Tune:
         found = load_study(config.storage, config.study_name)
         for key, value in identity.items():
             stored = found.facts["identity"].get(key)
-            if stored != value:
+            if stored != value and key not in but:
                 raise StudyError(
                     f"the study {config.study_name!r} exists with another {key}: "
                     f"{stored!r:.80}, not {value!r:.80}; "
@@ -293,7 +311,24 @@ class _Tune:
         outputs = self.crew.map(dense_batch, [(which, batch) for batch in range(payload.batches)])
         return dataclasses.replace(payload, dense=np.concatenate(outputs))
 
-    def _look(self, inputs: Inputs, search_set: Payload) -> Survey:
+    def _change_budget(self, study: Study, identity: dict[str, Any]) -> None:
+        """Unprepare a study and let it go on under the budget of this configuration.
+
+        What was measured stays: evaluations, confirmations, and the profile as it was corrected.
+        """
+        facts = study.facts
+        begun = max((record.generation for record in study.records()), default=-1) + 1
+        profile = profile_of(facts)
+        study.put("limits", None)
+        study.put("known_at", sorted({*facts.get("known_at", [0]), begun}))
+        if profile is not None and facts.get("corrections"):
+            study.put("profile", profile.to_json())
+            study.put("corrections", [])
+        study.put("config", self._stored_config())
+        study.put("identity", identity)
+        study.put("exhausted", False)
+
+    def _look(self, inputs: Inputs, search_set: Payload, profile: DeviceProfile | None) -> Survey:
         """Find D, the profile where latency is bounded, and whether the budget can be met."""
         assert search_set.dense is not None  # `_dense_outputs` has set it
         some = range(min(search_set.batches, self.cluster.workers))
@@ -307,6 +342,7 @@ class _Tune:
             self.asked,
             self.target,
             self.cluster,
+            profile=profile,
             dense=search_set.dense,
             image_seconds=(self.clock() - start) / images,
             say=self.listener.say,
@@ -346,6 +382,7 @@ class _Tune:
             images=len(inputs.search),
             trials=trials,
             seed=self.config.seed,
+            known_at=facts.get("known_at", [0]),
             on_progress=on_progress,
         )
         end = None if self.config.timeout is None else self.clock() + self.config.timeout
@@ -363,10 +400,11 @@ class _Tune:
     def _confirm(self, study: Study, inputs: Inputs) -> None:
         """Measure the front and the references alone, and judge them on held-out images."""
         stored = dict(study.facts.get("confirmed", {}))
-        plans = self._to_confirm(study)
-        known = [plan for plan in plans if plan.digest in stored]
-        if len(known) == len(plans):
+        dense, *others = self._to_confirm(study)
+        others = [plan for plan in others if plan.digest not in stored]
+        if not others and dense.digest in stored:
             return
+        plans = [dense, *others]  # dense again too: all are timed in turn with it
         self.listener.say(f"confirming {len(plans)} plans on {len(inputs.holdout)} held-out images")
         payload = self._dense_outputs(HELD_OUT)
         assert payload.dense is not None  # `_dense_outputs` has set it

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from dsm_tune.plan import Geometry, MergePlan
@@ -150,6 +150,8 @@ class Search:
         images: number of search images.
         trials: distinct plans to evaluate, known ones included.
         seed: of all draws.
+        known_at: generations that try what is known before a search: the first, and the one in
+            which the budget was changed.
         on_progress: called whenever a trial has ended.
     """
 
@@ -161,9 +163,11 @@ class Search:
         images: int,
         trials: int,
         seed: int,
+        known_at: Collection[int] = (0,),
         on_progress: Callable[[Progress], None] = lambda _: None,
     ) -> None:
         self.study, self.planner = study, planner
+        self.known_at = frozenset(known_at)
         self.images, self.trials, self.seed = images, trials, seed
         self.on_progress = on_progress
         self.stopped = ""  # why no more jobs are given out
@@ -263,34 +267,35 @@ class Search:
         """Add the trials of a generation that are not stored yet; whether it has any."""
         members = {r.slot for r in self._records.values() if r.generation == generation}
         before = len(self._records) - len(members)
-        if generation == 0:
-            asked = self._known_records()
-            asked = asked[: max(self.trials, 3)]  # dense, ToMe and DSM are always there
-        else:
-            size = max(min(self.planner.space.generation, self.trials - before), len(members))
-            asked = []
-            if len(members) < size:
-                mirror = self._mirror(generation)
-                for slot in range(size):
-                    if slot not in members:
-                        drawn = self._draw(mirror, generation, slot)
-                        if drawn is None:
-                            break
-                        self._add(drawn)
-                        members.add(slot)
-        for record in asked:
-            if record.slot not in members:
-                self._add(record)
-                members.add(record.slot)
+        known = self._known_records(generation) if generation in self.known_at else []
+        if known:
+            # Dense, ToMe and DSM are always there.
+            most = self.trials - before if before else max(self.trials, 3)
+            for record in known[:most]:
+                if record.slot not in members:
+                    self._add(record)
+                    members.add(record.slot)
+            return bool(members)
+        size = max(min(self.planner.space.generation, self.trials - before), len(members))
+        if len(members) < size:
+            mirror = self._mirror(generation)
+            for slot in range(size):
+                if slot not in members:
+                    drawn = self._draw(mirror, generation, slot)
+                    if drawn is None:
+                        break
+                    self._add(drawn)
+                    members.add(slot)
         return bool(members)
 
     def _add(self, record: Record) -> None:
         stored = self.study.add(record, self.planner.space)
         self._records[stored.number] = stored
 
-    def _known_records(self) -> list[Record]:
+    def _known_records(self, generation: int) -> list[Record]:
+        """What is known, less what an earlier generation has tried."""
         found: list[Record] = []
-        digests = set()
+        digests = {r.plan.digest for r in self._records.values() if r.generation < generation}
         points: list[tuple[str, dict[str, Any], MergePlan | None]] = [
             (label, {}, plan) for label, plan in self.planner.known().items()
         ]
@@ -300,7 +305,7 @@ class Search:
         for label, known_params, plan in points:
             if plan is not None and plan.digest not in digests:
                 digests.add(plan.digest)
-                found.append(Record(-1, 0, len(found), label, known_params, plan))
+                found.append(Record(-1, generation, len(found), label, known_params, plan))
         return found
 
     def _draw(self, mirror: Mirror, generation: int, slot: int) -> Record | None:
@@ -335,7 +340,7 @@ class Search:
 
     def _queue_missing(self, members: list[Record]) -> bool:
         """Queue the evaluations that a generation lacks at its present stage; whether any."""
-        few = self.images if members[0].generation == 0 else self._few()
+        few = self.images if members[0].generation in self.known_at else self._few()
         missing = [r for r in members if r.state == "running" and few not in r.evaluations]
         if not missing and few < self.images:
             promoted = self._promoted(members, few)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -239,3 +240,30 @@ def test_a_profile_that_promised_too_much_is_corrected_and_the_search_goes_on(
         assert result["latency_ms"]["high"] <= budget
     # Where the machine did not slow down between the two commands, something is found.
     assert told.code == (3 if document["chosen"] is None else 0)
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_under_another_budget_and_keeps_what_it_has_found(
+    tuned: Ended, folder: Path
+) -> None:
+    shutil.copytree(folder, other := folder.parent / "other-budget")
+    told = run(
+        *("resume", STUDY, "--budget-gflops", "45%", "--trials", "20", "--json"),
+        *("--storage", f"sqlite:///{other / 'dsm_tune.db'}"),
+        cwd=other,
+    )
+    assert told.code == 0, told
+    document = told.json
+    assert document["budget"]["gmacs"] == pytest.approx(0.45 * document["dense"]["gmacs"])
+    assert all(one["gmacs"] <= document["budget"]["gmacs"] for one in document["front"])
+    assert document["chosen"] in document["front"]
+    assert document["tome"]["gmacs"] <= document["budget"]["gmacs"]
+    done = sum(document["trials"][state] for state in ("complete", "pruned"))
+    assert done == 20
+    again = run(
+        *("resume", STUDY, "--budget-gflops", "45%", "--json", "--trials", "20"),
+        *("--storage", f"sqlite:///{other / 'dsm_tune.db'}"),
+        cwd=other,
+    )
+    assert (again.code, again.json["front"]) == (0, document["front"])
+    assert "finished already" in again.err

@@ -67,7 +67,9 @@ def open_search(url: str, *, trials: int = 14, seed: int = 0, **options: Any) ->
     else:
         file.write_bytes(_empty_store())
         study = Study.create(url, "small", {"made": "for a test"})
-    return Search(study, of, images=IMAGES, trials=trials, seed=seed, on_progress=on_progress)
+    return Search(
+        study, of, images=IMAGES, trials=trials, seed=seed, on_progress=on_progress, **options
+    )
 
 
 @cache

@@ -440,6 +440,32 @@ def test_a_reference_that_cannot_meet_the_budget_removes_tokens_all_the_same(fit
         assert not fits or 0.7 * dense.gmacs < plan.gmacs <= 0.75 * dense.gmacs
 
 
+def test_another_budget_tries_first_what_is_known_under_it_and_repeats_nothing(url: str) -> None:
+    small.drive(small.open_search(url, trials=10))
+    before = {r.number: r.plan.digest for r in Study.load(url, "small").records()}
+    begun = max(r.generation for r in Study.load(url, "small").records()) + 1
+    evaluated: list[str] = []
+
+    def evaluate(plan: MergePlan, images: int) -> Evaluation:
+        evaluated.append(plan.digest)
+        return small.evaluate(plan, images)
+
+    tighter = small.planner(share=0.5)
+    search = small.open_search(url, trials=22, planner=tighter, known_at=[0, begun])
+    small.drive(search, evaluate)
+    after = {r.number: r for r in search.records()}
+    assert {n: after[n].plan.digest for n in before} == before
+    assert not set(evaluated) & set(before.values())
+    first = [r for r in search.records() if r.generation == begun]
+    known = {plan.digest for plan in tighter.known().values()}
+    assert {r.label for r in first} >= {"tome", "dsm"}
+    assert {r.plan.digest for r in first if r.label[:4] in ("tome", "dsm", "dsm-")} <= known
+    assert len(after) == 22
+    drawn = [r for n, r in after.items() if n >= 10 and r.label not in ("tome", "dsm")]
+    assert len(drawn) >= 10
+    assert all(tighter.limits.excess(search.cost_of(r)) <= 0 for r in drawn)
+
+
 def test_a_study_is_read_by_others_while_it_runs(url: str) -> None:
     search = small.open_search(url)
     job = search.next()

@@ -1,0 +1,218 @@
+"""How fast merged models are beside dense, ToMe's plain loop, and a merge that costs nothing.
+
+Needs torch and timm alone. All forwards are timed in turn, in one run. For each batch size the
+table gives, for every candidate: GMACs, its speed relative to dense (median over rounds of
+dense / candidate, with quartiles), its efficiency (that over the ratio of GMACs), and its speed
+relative to its slice floor: the same forward with matching and merging replaced by cutting the
+token axis to the same lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dsm_tune import schedules
+from dsm_tune.measuring.latency import forward_of, timer_for, when_warm
+from dsm_tune.merging import backbone
+from dsm_tune.merging.backbone import read_geometry
+from dsm_tune.merging.merged import merged_view
+from dsm_tune.plan import Matching, MergePlan, Step
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def embed(model: Any, x: Tensor) -> Tensor:
+    """What enters the first block."""
+    tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    return tokens
+
+
+def slice_floor(model: Any, plan: MergePlan) -> Forward:
+    """The forward of a plan whose merges are free: tokens are cut off instead."""
+    blocks = list(model.blocks)
+
+    def forward(images: Tensor) -> Tensor:
+        x = embed(model, images)
+        for index, block in enumerate(blocks):
+            if plan.last_block == "prefix" and index == len(blocks) - 1:
+                x = backbone.attend_prefix(block, x, None, plan.geometry.prefix)
+            elif plan.removed[index]:
+                x = backbone.attend(block, x, None)[0][:, : plan.tokens[index + 1]]
+            else:
+                x = block(x)
+                continue
+            x = backbone.feed_forward(block, x)
+        return model.forward_head(model.norm(x))  # type: ignore[no-any-return]
+
+    return forward
+
+
+def plain_tome(model: Any, r: int) -> Forward:
+    """ToMe as sections 3.1 and 3.2 of its paper describe it, step by step."""
+    blocks = list(model.blocks)
+
+    def forward(images: Tensor) -> Tensor:
+        x = embed(model, images)
+        size = torch.ones_like(x[..., :1])
+        for block in blocks:
+            x, size = plain_block(block, x, size, r)
+        return model.forward_head(model.norm(x))  # type: ignore[no-any-return]
+
+    return forward
+
+
+def plain_block(block: Any, x: Tensor, size: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """One block with proportional attention and a bipartite soft matching of its keys."""
+    attn, (batch, count, width) = block.attn, x.shape
+    qkv = attn.qkv(block.norm1(x)).reshape(batch, count, 3, attn.num_heads, attn.head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    logits = (q * attn.scale) @ k.transpose(-2, -1) + size.log()[:, None, None, :, 0]
+    mixed = (logits.softmax(dim=-1) @ v).transpose(1, 2).reshape(batch, count, width)
+    x = x + attn.proj(mixed)
+    r = min(r, (count - 1) // 2)
+    key = k.mean(dim=1)
+    key = key / key.norm(dim=-1, keepdim=True)
+    scores = key[:, ::2] @ key[:, 1::2].transpose(1, 2)
+    scores[:, 0] = -torch.inf  # the class token stays
+    best, partner = scores.max(dim=-1)
+    order = best.argsort(dim=-1, descending=True)
+    source, kept = order[:, :r], order[:, r:].sort(dim=-1).values
+    target = partner.gather(1, source)
+
+    def join(values: Tensor) -> Tensor:
+        channels = values.shape[2]
+        even, odd = values[:, ::2], values[:, 1::2]
+        sources = even.gather(1, source[..., None].expand(-1, -1, channels))
+        rest = even.gather(1, kept[..., None].expand(-1, -1, channels))
+        odd = odd.scatter_add(1, target[..., None].expand(-1, -1, channels), sources)
+        return torch.cat([rest, odd], dim=1)
+
+    x, size = join(x * size), join(size)
+    x = x / size
+    return x + block.mlp(block.norm2(x)), size
+
+
+def tuned(model: nn.Module, r: int, delay: int) -> MergePlan:
+    """A plan such as a search finds: salience, sizes, attention in the mean, prefix-only end."""
+    geometry = read_geometry(model)
+    matching = Matching(
+        feature="k", salience=0.3, size_penalty=0.1, attention_weight=1.0, norm="mean"
+    )
+    steps = tuple(Step(block, "merge", r) for block in range(delay, geometry.depth - 1))
+    end = "prefix" if geometry.reads_prefix_only else "all"
+    return MergePlan("", geometry, steps, matching, last_block=end)
+
+
+def candidates(model: nn.Module, r: int, delay: int) -> dict[str, tuple[MergePlan, Forward]]:
+    """What is compared, by name; the floor of ``X`` is called ``X floor``."""
+    geometry = read_geometry(model)
+    found: dict[str, tuple[MergePlan, Forward]] = {"dense": (MergePlan("", geometry), model)}
+    plans = {
+        "ToMe": schedules.tome(geometry, r),
+        "DSM": schedules.dsm(geometry, r, delay=delay),
+        "tuned": tuned(model, r, delay),
+        "ToMe r=4": schedules.tome(geometry, 4),
+    }
+    found["ToMe, plain loop"] = (plans["ToMe"], plain_tome(model, r))
+    for name, plan in plans.items():
+        found[name] = (plan, merged_view(model, plan))
+        found[f"{name} floor"] = (plan, slice_floor(model, plan))
+    return found
+
+
+def graphed(forward: Forward, x: Tensor) -> Callable[[], object]:
+    """The forward as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        for _ in range(3):
+            forward(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        forward(x)
+    return graph.replay
+
+
+def measure(
+    compared: dict[str, tuple[MergePlan, Forward]], x: Tensor, seconds: float, graphs: bool
+) -> dict[str, list[float]]:
+    """Milliseconds by name, one per round."""
+    timed = timer_for(x.device)
+    calls = {}
+    for name, (_, forward) in compared.items():
+        call = graphed(forward, x) if graphs else forward_of(forward, x)
+        timed(call)
+        calls[name] = when_warm(call, timed)
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.monotonic()
+    while time.monotonic() - start < seconds or len(found["dense"]) < 7:
+        for name, call in calls.items():
+            found[name].append(call())
+    return found
+
+
+def table(
+    title: str, compared: dict[str, tuple[MergePlan, Forward]], times: dict[str, list[float]]
+) -> None:
+    """Print ratios of one setting."""
+    print(f"\n{title}: dense {statistics.median(times['dense']):.2f} ms")
+    print(f"{'':20}{'GMACs':>8}{'speed-up':>10}{'quartiles':>14}{'efficiency':>12}{'of floor':>10}")
+    dense = compared["dense"][0].gmacs
+    for name, (plan, _) in compared.items():
+        ratios = [a / b for a, b in zip(times["dense"], times[name], strict=True)]
+        middle = statistics.median(ratios)
+        low, _, high = statistics.quantiles(ratios, n=4)
+        floor = times.get(f"{name} floor")
+        share = ""
+        if floor:
+            share = (
+                f"{statistics.median(f / t for f, t in zip(floor, times[name], strict=True)):.3f}"
+            )
+        print(
+            f"{name:20}{plan.gmacs:8.3f}{middle:9.3f}×{low:7.2f}–{high:.2f}×"
+            f"{middle / (dense / plan.gmacs):12.3f}{share:>10}"
+        )
+
+
+def main() -> int:
+    """Print a table per batch size."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--model", default="deit_tiny_patch16_224", help="weights are random")
+    options.add_argument("--batch-sizes", default="1,8,32")
+    options.add_argument("--r", type=int, default=16)
+    options.add_argument("--delay", type=int, default=1)
+    options.add_argument("--seconds", type=float, default=20.0, help="per batch size")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--dtype", default="float32")
+    options.add_argument("--cuda-graphs", action="store_true")
+    options.add_argument("--threads", type=int, default=os.cpu_count())
+    chosen = options.parse_args()
+    torch.set_num_threads(chosen.threads)
+    torch.manual_seed(0)
+    model = timm.create_model(chosen.model).eval()
+    model = model.to(chosen.device, getattr(torch, chosen.dtype))
+    compared = candidates(model, chosen.r, chosen.delay)
+    side = model.patch_embed.img_size
+    for batch in (int(size) for size in chosen.batch_sizes.split(",")):
+        x = torch.randn(batch, 3, *side).to(chosen.device, getattr(torch, chosen.dtype))
+        with torch.inference_mode():
+            times = measure(compared, x, chosen.seconds, chosen.cuda_graphs)
+        table(f"{chosen.model}, batch {batch}, {chosen.dtype}", compared, times)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -32,8 +32,9 @@ _REASONS = {
     " hardswish_ leaky_relu log masked_fill mul mul_ remainder silu_ where",
     "one addition per element": "adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d"
     " cumsum mean",
-    "orders or picks": "amax argsort roll scatter sort tril",
-    "makes or views a tensor": "expand_as new_zeros ones ones_like pad reshape_as type_as unbind",
+    "orders or picks": "amax argsort index_select roll scatter sort tril",
+    "makes or views a tensor": "expand_as new_ones new_zeros ones ones_like pad reshape_as type_as"
+    " unbind",
 }
 FREE = {f"aten::{name}": reason for reason, names in _REASONS.items() for name in names.split()}
 

@@ -162,44 +162,44 @@ def merge(
     Returns:
         N - r tokens: prefix, even tokens that stayed, odd tokens.
     """
-    size = tokens.size
+    x, size = tokens.x, tokens.size
     if size is None:
-        size = torch.ones_like(tokens.x[..., 0], dtype=torch.float32)
-    even_size, odd_size = halves(size, prefix)
-    slot = torch.arange(odd_size.shape[1], device=size.device).view(1, -1, 1)
+        size = x.new_ones(x.shape[:2], dtype=torch.float32)
+    even_at = prefix + prefix % 2  # positions in the sequence of the first even and odd token
+    odd_at = prefix + 1 - prefix % 2
+    kept = torch.add(even_at, choice.kept, alpha=2)
+    source = torch.add(even_at, choice.source, alpha=2)
+    slot = torch.arange(size[:, odd_at::2].shape[1], device=x.device).view(1, -1, 1)
     arrives = choice.destination.unsqueeze(1) == slot
-    stays, joins = _shares(size if weight is None else size * weight, choice, arrives, prefix)
+    mass = size if weight is None else size * weight
+    arriving = arrives * mass.gather(1, source).unsqueeze(1)
+    odd_mass = mass[:, odd_at::2]
+    total = odd_mass + arriving.sum(dim=2)
+    # An odd token that nothing merges into has the share 1 exactly, and so keeps its bits.
+    stays, joins = (odd_mass / total).unsqueeze(2), arriving / total.unsqueeze(2)
+
+    def join(values: Tensor, odd: Tensor) -> Tensor:
+        return torch.cat([values[:, :prefix], _rows(values, kept), odd], dim=1)
 
     def mean(values: Tensor, norm: str = "free") -> Tensor:
-        even, odd = halves(values, prefix)
-        sources, odd = _rows(even, choice.source).float(), odd.float()
+        sources, odd = _rows(values, source).float(), values[:, odd_at::2].float()
         merged = torch.baddbmm(odd * stays, joins, sources)
         if norm != "free":
             lengths = sources.norm(dim=2).unsqueeze(1), odd.norm(dim=2, keepdim=True)
             merged = _scaled(merged, *lengths, joins, stays, norm)
-        return _join(values, choice.kept, merged.to(values.dtype), prefix)
+        return join(values, merged.to(values.dtype))
 
     place = tokens.place
     if place is not None:
-        odd_place = halves(place, prefix)[1]
-        place = mean(place) if centroid else _join(place, choice.kept, odd_place, prefix)
-    total = odd_size + (arrives * even_size.gather(1, choice.source).unsqueeze(1)).sum(dim=2)
-    merged_size = torch.cat([size[:, :prefix], even_size.gather(1, choice.kept), total], dim=1)
+        place = mean(place) if centroid else join(place, place[:, odd_at::2])
+    if weight is not None:
+        came = (arrives * size.gather(1, source).unsqueeze(1)).sum(dim=2)
+        total = size[:, odd_at::2] + came
+    merged_size = torch.cat([size[:, :prefix], size.gather(1, kept), total], dim=1)
     origin = None
     if tokens.origin is not None:
         origin = _follow(tokens.origin, _positions(choice, size.shape[1], prefix))
-    return Tokens(mean(tokens.x, norm), merged_size, place, origin)
-
-
-def _shares(weight: Tensor, choice: Choice, arrives: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Share of each odd token [B, b, 1] and of each source [B, b, r] in the mean at an odd token.
-
-    An odd token that nothing merges into has the share 1 exactly, and so keeps its bits.
-    """
-    even, odd = halves(weight, prefix)
-    arriving = arrives * even.gather(1, choice.source).unsqueeze(1)
-    total = odd + arriving.sum(dim=2)
-    return (odd / total).unsqueeze(2), arriving / total.unsqueeze(2)
+    return Tokens(mean(x, norm), merged_size, place, origin)
 
 
 def _scaled(
@@ -218,13 +218,11 @@ def _scaled(
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of [B, n, C] at [B, m]: [B, m, C]."""
-    return x.gather(1, index.unsqueeze(2).expand(-1, -1, x.shape[2]))
-
-
-def _join(values: Tensor, kept: Tensor, odd: Tensor, prefix: int) -> Tensor:
-    even = halves(values, prefix)[0]
-    return torch.cat([values[:, :prefix], _rows(even, kept), odd], dim=1)
+    """Rows of [B, n, C] at [B, m]: [B, m, C]; whole rows are copied, unlike by ``gather``."""
+    batch, count, width = x.shape
+    first = torch.arange(0, batch * count, count, device=x.device).unsqueeze(1)
+    rows = x.reshape(batch * count, width).index_select(0, (index + first).flatten())
+    return rows.view(batch, index.shape[1], width)
 
 
 def _positions(choice: Choice, count: int, prefix: int) -> Tensor:

@@ -10,10 +10,19 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Choice", "Tokens", "choose_edges", "halves", "merge", "prune", "similarity", "tile"]
+__all__ = [
+    "Choice",
+    "Tokens",
+    "choose_edges",
+    "halves",
+    "merge",
+    "prune",
+    "similarity",
+    "tile",
+    "unit",
+]
 
 
 # A mean of equal places may round to just below them; it must not fall into the tile before.
@@ -36,6 +45,10 @@ class Tokens:
     size: Tensor | None = None
     place: Tensor | None = None
     origin: Tensor | None = None
+
+    def having(self, x: Tensor) -> Tokens:
+        """Return the same tokens with other values, as many."""
+        return Tokens(x, self.size, self.place, self.origin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +82,15 @@ def similarity(feature: Tensor, prefix: int) -> Tensor:
     Returns:
         [B, a, b] float32.
     """
-    unit = F.normalize(feature.float(), dim=-1, eps=1e-6).to(feature.dtype)
-    even, odd = halves(unit, prefix)
+    even, odd = halves(unit(feature), prefix)
     return (even @ odd.transpose(1, 2)).float()
+
+
+def unit(feature: Tensor) -> Tensor:
+    """Scale the rows of [B, N, F] to length 1; zero rows stay."""
+    exact = feature.float()
+    length: Tensor = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+    return (exact / length.clamp_min(1e-6)).to(feature.dtype)
 
 
 def tile(place: Tensor, window: int) -> Tensor:
@@ -220,9 +239,11 @@ def _scaled(
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows of [B, n, C] at [B, m]: [B, m, C]; whole rows are copied, unlike by ``gather``."""
     batch, count, width = x.shape
-    first = torch.arange(0, batch * count, count, device=x.device).unsqueeze(1)
-    rows = x.reshape(batch * count, width).index_select(0, (index + first).flatten())
-    return rows.view(batch, index.shape[1], width)
+    wanted = index.shape[1]
+    if batch > 1:
+        index = index + torch.arange(0, batch * count, count, device=x.device).unsqueeze(1)
+    rows = x.reshape(batch * count, width).index_select(0, index.flatten())
+    return rows.view(batch, wanted, width)
 
 
 def _positions(choice: Choice, count: int, prefix: int) -> Tensor:

@@ -78,12 +78,12 @@ class MergedBlocks(nn.Sequential):
             x = backbone.attend_prefix(block, tokens.x, log_size, plan.geometry.prefix)
             return Tokens(backbone.feed_forward(block, x))
         if step is None and log_size is None:
-            return dataclasses.replace(tokens, x=block(tokens.x))
+            return tokens.having(block(tokens.x))
         x, parts = backbone.attend(block, tokens.x, log_size)
-        tokens = dataclasses.replace(tokens, x=x)
+        tokens = tokens.having(x)
         if step is not None:
             tokens = self._take_step(tokens, step, parts, log_size)
-        return dataclasses.replace(tokens, x=backbone.feed_forward(block, tokens.x))
+        return tokens.having(backbone.feed_forward(block, tokens.x))
 
     def _take_step(
         self, tokens: Tokens, step: Step, parts: backbone.Projections, log_size: Tensor | None

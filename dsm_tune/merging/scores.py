@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsm_tune.merging.backbone import Projections
-from dsm_tune.merging.matching import halves
+from dsm_tune.merging.matching import halves, unit
 
 __all__ = ["attention_to", "feature_of", "size_penalty"]
 
@@ -35,9 +34,7 @@ def feature_of(kind: str, x: Tensor, parts: Projections) -> Tensor:
         pair = parts.k.mean(dim=1), parts.v.mean(dim=1)
     else:
         pair = parts.k.transpose(1, 2).flatten(2), parts.v.transpose(1, 2).flatten(2)
-    return torch.cat(
-        [F.normalize(half.float(), dim=-1, eps=1e-6).to(x.dtype) for half in pair], dim=2
-    )
+    return torch.cat([unit(half) for half in pair], dim=2)
 
 
 def attention_to(kind: str, parts: Projections, log_size: Tensor | None) -> Tensor:

@@ -133,7 +133,10 @@ class Answer:
             if share is not None and ratio_high is not None:
                 meets = meets and ratio_high <= share
             else:
-                meets = meets and latency.high is not None and latency.high <= limits.ms
+                high = latency.high
+                if latency.p50 is None and latency.predicted is not None and self.profile:
+                    high = latency.predicted * (1 + self.profile.error)  # of a device elsewhere
+                meets = meets and high is not None and high <= limits.ms
         return meets and self._drop(result) <= (math.inf if limits.drop is None else limits.drop)
 
     def _drop(self, result: Result) -> float:

@@ -23,10 +23,11 @@ from dsm_tune.measuring.profiling import describe_device
 from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.plan import FEATURES, Geometry, Matching, MergePlan
 from dsm_tune.profile import DeviceProfile, fingerprint_of
+from dsm_tune.results import LatencyMs
 from dsm_tune.searching import engine
 from dsm_tune.searching.engine import Cluster
 
-__all__ = ["TargetDevice", "measure_device"]
+__all__ = ["TargetDevice", "measure_device", "predict_latency"]
 
 
 class TargetDevice:
@@ -51,6 +52,14 @@ class TargetDevice:
         """Refuse a given profile that was made for something else."""
         if self.given is not None:
             self.given.check(geometry, self.config.dtype, self.config.batch_size)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether a profile was given that was made on another device than this one has."""
+        if self.given is None:
+            return False
+        here = describe_device(torch.device(self.device))
+        return any(self.given.device.get(key) != here.get(key) for key in ("name", "machine"))
 
     def facts(self, profile: DeviceProfile | None) -> dict[str, str]:
         """Name and fingerprint of the target."""
@@ -93,6 +102,20 @@ class TargetDevice:
         cpus = self.threads if cluster.address else min(self.threads, cluster.workers)
         gpus = float(self.device.startswith("cuda"))
         return engine.run_alone(call, *arguments, cpus=cpus, gpus=gpus)
+
+
+def predict_latency(profile: DeviceProfile, plans: Sequence[MergePlan]) -> list[Confirmed]:
+    """What stands for a measurement on a device that is not here.
+
+    Args:
+        profile: of that device.
+        plans: the first is the dense one.
+
+    Returns:
+        Nothing but predictions; the upper end of the ratio to dense is the profile's error above.
+    """
+    dense, *_ = found = [profile.predict(plan) for plan in plans]
+    return [Confirmed(LatencyMs(predicted=ms), ms / dense * (1 + profile.error)) for ms in found]
 
 
 def measure_device(config: TuneConfig, say: Callable[[str], None]) -> DeviceProfile:

@@ -48,7 +48,7 @@ from dsm_tune.searching.search import Planner, Progress, Search
 from dsm_tune.searching.space import load_space
 from dsm_tune.searching.study import Study, study_names
 from dsm_tune.survey import MOST_CONFIRMED, Survey, make_planner, shapes_words, survey
-from dsm_tune.target import TargetDevice
+from dsm_tune.target import TargetDevice, predict_latency
 
 __all__ = ["Listener", "dry_run", "resume", "show", "tune"]
 
@@ -409,9 +409,13 @@ class _Tune:
         payload = self._dense_outputs(HELD_OUT)
         assert payload.dense is not None  # `_dense_outputs` has set it
         judged = self.crew.map(partial(judge, dense=payload.dense), plans)
-        self.listener.say("timing them alone, in turn with the dense model")
-        device, timed = self.target.confirm(inputs, plans, self.cluster)
         profile = profile_of(study.facts)
+        if profile is not None and self.target.is_elsewhere:
+            self.listener.say("the profile is of another device: latencies stay as predicted")
+            device, timed = profile.device, predict_latency(profile, plans)
+        else:
+            self.listener.say("timing them alone, in turn with the dense model")
+            device, timed = self.target.confirm(inputs, plans, self.cluster)
         for plan, per_image, found in zip(plans, judged, timed, strict=True):
             predicted = None if profile is None else profile.predict(plan)
             latency = dataclasses.replace(found.latency_ms, predicted=predicted)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dsm_tune import schedules
 from dsm_tune.answer import Answer, profile_of
+from dsm_tune.config import TuneConfig
+from dsm_tune.measuring.profiling import describe_device
 from dsm_tune.plan import Geometry, MergePlan
 from dsm_tune.profile import DeviceProfile
 from dsm_tune.results import Evaluation, LatencyMs, Result
 from dsm_tune.searching.budget import Limits
 from dsm_tune.searching.study import Record
+from dsm_tune.target import TargetDevice, predict_latency
 
 GEOMETRY = Geometry((6, 6), 1, 4, 32, 2, 64, 4, 10, "token")
 DENSE = MergePlan("toy", GEOMETRY)
@@ -32,12 +37,10 @@ PROFILE = DeviceProfile(
 )
 
 
-def answer(
-    limits: Limits, confirmed: dict[MergePlan, float] | None = None, **changes: Any
-) -> Answer:
+def answer(limits: Limits, timed: dict[MergePlan, float] | None = None, **changes: Any) -> Answer:
     """A study of dense and three plans, of which some were timed: milliseconds by plan."""
     stored = {}
-    for plan, ms in (confirmed or {}).items():
+    for plan, ms in (timed or {}).items():
         latency = LatencyMs(ms, ms, ms, ms * 0.98, ms * 1.02, None, ms / DENSE_MS)
         result = Result(plan, plan.gmacs, latency_ms=latency, divergence=divergence(plan))
         ratio_high = ms / DENSE_MS * 1.02
@@ -116,3 +119,29 @@ def test_corrections_scale_what_the_profile_of_a_study_predicts() -> None:
     for plan in PLANS:
         assert corrected.predict(plan) == pytest.approx(1.8 * PROFILE.predict(plan))
     assert profile_of({**facts, "profile": None}) is None
+
+
+def test_a_latency_that_could_only_be_predicted_must_leave_room_for_the_profiles_error() -> None:
+    careful = dataclasses.replace(PROFILE, error=0.1)
+    predicted = careful.predict(PLANS[3])
+    (one,) = predict_latency(careful, [PLANS[3]])
+    result = Result(PLANS[3], PLANS[3].gmacs, latency_ms=one.latency_ms, divergence=0.1)
+    stored = {PLANS[3].digest: {"result": result.to_dict(), "ratio_high": one.ratio_high}}
+    for budget, expected in [(predicted * 1.09, 0), (predicted * 1.11, 1)]:
+        found = answer(
+            Limits(ms=budget), profile=careful.to_json(), confirmed=stored, status="done"
+        )
+        assert len(found.front()) == expected
+
+
+@pytest.mark.parametrize(("name", "elsewhere"), [("NVIDIA H200", True), (None, False)])
+def test_a_profile_of_another_device_is_known_as_such(
+    name: str | None, elsewhere: bool, tmp_path: Path
+) -> None:
+    here = describe_device(torch.device("cpu"))
+    device = here if name is None else {"name": name, "cuda": "13.0", "torch": "2.15"}
+    file = tmp_path / "device.json"
+    file.write_text(dataclasses.replace(PROFILE, device=device).to_json())
+    config = TuneConfig(budget_ms=5.0, device="cpu", device_profile=str(file))
+    assert TargetDevice(config).is_elsewhere is elsewhere
+    assert TargetDevice(TuneConfig(budget_ms=5.0, device="cpu")).is_elsewhere is False

@@ -16,7 +16,7 @@ from typing import Any
 
 from dsm_tune.errors import PlanError, nearest
 
-__all__ = ["FORMAT", "Geometry", "Matching", "MergePlan", "Step"]
+__all__ = ["FORMAT", "Geometry", "Matching", "MergePlan", "Step", "step_macs"]
 
 FORMAT = "dsm_tune.plan/1"
 HEADS = ("token", "distilled", "avg", "map")
@@ -455,11 +455,11 @@ def _block_macs(plan: MergePlan, block: int, step: Step | None) -> int:
     mlp = 2 * plan.tokens[block + 1] * g.width * g.hidden
     if step is None or not plan.removed[block]:
         return attention + mlp
-    return attention + mlp + _step_macs(plan, step.kind, n)
+    return attention + mlp + step_macs(g, plan.matching, step.kind, n)
 
 
-def _step_macs(plan: MergePlan, kind: str, n: int) -> int:
-    g, matching = plan.geometry, plan.matching
+def step_macs(g: Geometry, matching: Matching, kind: str, n: int) -> int:
+    """Multiply-adds of the products that choose what leaves, from ``n`` tokens."""
     attention_macs = {"class": n * g.width, "received": n * n * g.width}
     if kind == "prune":
         return attention_macs.get(matching.prune_score, 0)

@@ -8,12 +8,23 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 from dsm_tune.errors import BudgetError
-from dsm_tune.plan import Geometry, Matching, MergePlan, Step
+from dsm_tune.plan import Geometry, Matching, MergePlan, Step, step_macs
 from dsm_tune.schedules import spread_evenly
 
-__all__ = ["Cost", "Limit", "Limits", "Shape", "cheapest", "fit", "parse_limit", "published_shapes"]
+__all__ = [
+    "Cost",
+    "Limit",
+    "Limits",
+    "Shape",
+    "cheapest",
+    "fit",
+    "fit_gmacs",
+    "parse_limit",
+    "published_shapes",
+]
 
 LATENCY_STATS = ("p50", "p90", "p99")
+CAPPED_TOKENS = 3  # that a block may get back where one before it has no more to give
 REBOUND = 0.7  # as more tokens leave, no staircase climbs back from below this share of a cost
 
 
@@ -177,6 +188,43 @@ def fit(
             best, best_cost = plan, objective
         if objective < REBOUND * best_cost:
             break
+    return best
+
+
+def fit_gmacs(
+    shape: Shape, geometry: Geometry, most: float, *, model: str = ""
+) -> MergePlan | None:
+    """Return what :func:`fit` returns for a bound on GMACs alone, in a fraction of its time.
+
+    With each token that is removed in all, no block gets more than one token fewer, and of two
+    costs that are at most quadratic in tokens the larger is at most twice its share of a token
+    above the other. Totals that cannot be within the bound for that reason are skipped.
+
+    Args:
+        shape: what the plan looks like.
+        geometry: of the model.
+        most: GMACs that the plan may cost.
+        model: label of the plan.
+    """
+    dense = shape.plan(geometry, 0, model)
+    token = 2 * dense.macs / geometry.tokens
+    matching = sum(
+        step_macs(geometry, shape.matching, kind, geometry.tokens)
+        for kind, share in zip(shape.kinds, shape.shares, strict=True)
+        if share
+    )
+    best, total = None, 0
+    while total <= geometry.patches * sum(share > 0 for share in shape.shares):
+        plan = shape.plan(geometry, total, model)
+        excess = plan.macs - most * 1e9
+        if plan.gmacs <= most:
+            if best is None or plan.macs > best.macs:
+                best = plan
+            if plan.macs + matching + CAPPED_TOKENS * token < best.macs:
+                break
+        if total and all(step.r > plan.removed[step.block] for step in plan.steps):
+            break  # every block gives what it has
+        total += max(1, math.floor((excess - matching) / token))
     return best
 
 

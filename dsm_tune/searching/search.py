@@ -14,7 +14,15 @@ from typing import Any
 
 from dsm_tune.plan import Geometry, MergePlan
 from dsm_tune.results import Evaluation
-from dsm_tune.searching.budget import Cost, Limits, Shape, cheapest, fit, published_shapes
+from dsm_tune.searching.budget import (
+    Cost,
+    Limits,
+    Shape,
+    cheapest,
+    fit,
+    fit_gmacs,
+    published_shapes,
+)
 from dsm_tune.searching.pareto import hypervolume, non_dominated, ranks
 from dsm_tune.searching.space import Space, build
 from dsm_tune.searching.study import Mirror, Record, Study, derive_seed
@@ -67,10 +75,13 @@ class Planner:
         self, shape: Shape, share: float = 1.0, targets: Limits | None = None
     ) -> MergePlan | None:
         """The plan of a shape that comes closest to the targets; by default to those of trials."""
+        targets = targets or self.targets
+        if targets.ms is None and targets.gmacs is not None:
+            return fit_gmacs(shape, self.geometry, share * targets.gmacs, model=self.model)
         return fit(
             shape,
             self.geometry,
-            targets or self.targets,
+            targets,
             self.cost_of,
             share=share,
             model=self.model,

@@ -21,6 +21,7 @@ from dsm_tune.searching.budget import (
     Shape,
     cheapest,
     fit,
+    fit_gmacs,
     parse_limit,
     published_shapes,
 )
@@ -193,6 +194,21 @@ def test_a_higher_share_of_the_limits_never_gives_a_cheaper_plan(
     if low is not None:
         assert high is not None
         assert limits.objective(cost_of(low)) <= limits.objective(cost_of(high))
+
+
+@given(st.data(), st.floats(0.02, 1.1))
+def test_a_fit_to_gmacs_alone_is_that_of_every_total_though_it_skips_most(
+    data: Any, share: float
+) -> None:
+    geometry = data.draw(st.sampled_from([TINY, SMALL, NO_CLASS]))
+    shape = data.draw(shapes(geometry))
+    most = share * MergePlan("", geometry).gmacs
+    slow = fit(shape, geometry, Limits(gmacs=most), lambda plan: Cost(plan.gmacs))
+    quick = fit_gmacs(shape, geometry, most)
+    assert (slow is None) == (quick is None)
+    if slow is not None:
+        assert quick is not None
+        assert (quick.macs, quick.removed) == (slow.macs, slow.removed)
 
 
 @given(tasks())

@@ -101,7 +101,7 @@ class TuneConfig:
                 _whole(name, getattr(self, name), 1)
         _one_of("latency_stat", self.latency_stat, STATS)
         _one_of("dtype", self.dtype, DTYPES)
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", str(self.device)):
             raise ConfigError(
                 f"--device must be auto, cpu, cuda or cuda:N, but got {self.device!r:.60}"
             )

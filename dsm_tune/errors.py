@@ -29,6 +29,7 @@ __all__ = [
     "SpaceError",
     "StudyError",
     "nearest",
+    "shown",
 ]
 
 
@@ -72,3 +73,11 @@ def nearest(word: str, accepted: Iterable[str], count: int = 3) -> str:
     """Return ``"; did you mean 'a' or 'b'?"`` for the closest accepted words, or ``""``."""
     close = difflib.get_close_matches(word, list(accepted), n=count, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def shown(value: object, most: int = 60) -> str:
+    """Return a value as an error message shows it: its ``repr``, cut, or what stands for that."""
+    try:
+        return f"{value!r:.{most}}"
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "an integer of thousands of digits"

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import click
 
 from dsm_tune.config import DEMO_MODEL, TuneConfig
-from dsm_tune.errors import ConfigError, DsmTuneError, nearest
+from dsm_tune.errors import ConfigError, DsmTuneError, nearest, shown
 from dsm_tune.searching.budget import parse_limit
 
 __all__ = [
@@ -55,7 +55,7 @@ class Whole(click.ParamType[int]):
             number = math.nan if isinstance(value, bool) else float(value)
             return int(value) if number == int(number) else self.fail("")
         except (ValueError, TypeError, OverflowError, click.BadParameter):
-            self.fail(f"must be an integer, but got {value!r:.60}", param, ctx)
+            self.fail(f"must be an integer, but got {shown(value)}", param, ctx)
 
 
 class Number(click.ParamType[float]):
@@ -72,7 +72,7 @@ class Number(click.ParamType[float]):
         except (ValueError, TypeError):
             number = math.nan
         if math.isnan(number):
-            self.fail(f"must be a number, but got {value!r:.60}", param, ctx)
+            self.fail(f"must be a number, but got {shown(value)}", param, ctx)
         return number
 
 
@@ -84,7 +84,7 @@ class Text(click.ParamType[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Refuse the numbers and tables of a file."""
         if not isinstance(value, str):
-            self.fail(f"must be a string, but got {value!r:.60}", param, ctx)
+            self.fail(f"must be a string, but got {shown(value)}", param, ctx)
         return value
 
 
@@ -124,7 +124,7 @@ class Mapped(click.ParamType[dict[str, Any]]):
         if not isinstance(found, dict):
             self.fail(
                 "must be a JSON object or key=value pairs such as qk_norm=true,"
-                f"init_values=1e-5, but got {value!r:.60}",
+                f"init_values=1e-5, but got {shown(value)}",
                 param,
                 ctx,
             )
@@ -293,8 +293,9 @@ def _read(command: click.Command, file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"--config must be a readable file, but {file}: {error.strerror}"
         ) from None
-    except ValueError as error:
-        raise ConfigError(f"{file}: --config must be TOML in UTF-8: {error}") from None
+    except (ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{file}: --config must be TOML in UTF-8: {why}") from None
     params = {
         name.removeprefix("--").replace("-", "_"): param
         for param in command.params
@@ -317,7 +318,7 @@ def _read(command: click.Command, file: Path) -> dict[str, Any]:
 def _convert(param: click.Parameter, value: Any, where: str) -> Any:
     if isinstance(param, click.Option) and param.is_flag:
         if not isinstance(value, bool):
-            raise ConfigError(f"{where} must be true or false, but got {value!r:.60}")
+            raise ConfigError(f"{where} must be true or false, but got {shown(value)}")
         return value
     try:
         return param.type.convert(value, param, None)

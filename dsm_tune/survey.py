@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,11 +26,12 @@ from dsm_tune.searching.search import Planner
 from dsm_tune.searching.space import Choices, Space
 from dsm_tune.target import TargetDevice
 
-__all__ = ["MOST_CONFIRMED", "Survey", "make_planner", "shapes_words", "survey"]
+__all__ = ["MOST_CONFIRMED", "Survey", "make_planner", "survey"]
 
 DENSE_FITS_SHARE = 0.75  # of the dense GMACs, for the front that is shown where dense fits
 MOST_CONFIRMED = 10  # plans of the front that are measured at the end
 TRIAL_SECONDS = 0.25  # to draw, send, store and log a trial (tests/benchmarks/trial_overhead.py)
+START_SECONDS = 20.0  # until workers, and the process that times plans alone, are there
 MOST_MARGIN = 0.1  # of latency, kept back for what predictions miss
 
 
@@ -116,9 +116,9 @@ def survey(
     delay = detect_delay(curve)
     stability = delay_stability(curves, seed=config.seed)
     is_seen = find_transition(curve) is not None
-    how = "" if is_seen else " (the curve shows no transition: depth / 6)"
-    share = stability.get(delay, 0.0)
-    say(f"delay D = {delay} of {geometry.depth} blocks{how}, in {share:.0%} of resamples")
+    seen = f", in {stability.get(delay, 0.0):.0%} of resamples"
+    how = seen if is_seen else " (depth / 6: the curve shows no transition)"
+    say(f"delay D = {delay} of {geometry.depth} blocks{how}")
     profile = profile or target.given
     if profile is None and "ms" in asked:
         profile = _measure_profile(config, inputs, space, target, cluster, say)
@@ -189,12 +189,6 @@ def make_planner(
     )
 
 
-def shapes_words(space: Space) -> str:
-    """Return the size of a space as text, such as ``864 shapes of paper``."""
-    count = "∞" if math.isinf(space.size) else f"{space.size:.0f}"
-    return f"{count} shapes of {space.name}"
-
-
 def _measure_profile(
     config: TuneConfig,
     inputs: Inputs,
@@ -224,11 +218,9 @@ def _seconds(
     first = min(len(known), config.trials)  # evaluated on all images, unlike those that are drawn
     drawn_share = fidelity.image_share + fidelity.keep_share * (1 - fidelity.image_share)
     evaluated = first + (config.trials - first) * drawn_share
-    dense = MergePlan(config.model_name, inputs.geometry).gmacs
-    cost = statistics.mean(plan.gmacs / dense for plan in known)
-    images = evaluated * len(inputs.search) * cost
-    images += len(inputs.holdout) * (1 + MOST_CONFIRMED * cost)
-    return images * image_seconds + config.trials * TRIAL_SECONDS + timing_seconds
+    images = evaluated * len(inputs.search) + (1 + MOST_CONFIRMED) * len(inputs.holdout)
+    overhead = START_SECONDS + config.trials * TRIAL_SECONDS + timing_seconds
+    return images * image_seconds + overhead  # as if merged models ran no faster than dense
 
 
 def _top1(dense: np.ndarray[Any, Any], inputs: Inputs) -> float | None:

@@ -36,7 +36,7 @@ from dsm_tune.inputs import (
 from dsm_tune.measuring.quality import PerImage, bootstrap_interval
 from dsm_tune.plan import MergePlan
 from dsm_tune.profile import DeviceProfile
-from dsm_tune.results import LatencyMs, Result, TuneResult
+from dsm_tune.results import Result, TuneResult
 from dsm_tune.reviewing.outcome import artifacts, open_queue
 from dsm_tune.reviewing.queue import TrackingQueue
 from dsm_tune.reviewing.stores import resolve_tracking_uri
@@ -47,7 +47,7 @@ from dsm_tune.searching.engine import Cluster, Crew
 from dsm_tune.searching.search import Planner, Progress, Search
 from dsm_tune.searching.space import load_space
 from dsm_tune.searching.study import Study, study_names
-from dsm_tune.survey import MOST_CONFIRMED, Survey, make_planner, shapes_words, survey
+from dsm_tune.survey import MOST_CONFIRMED, Survey, make_planner, survey
 from dsm_tune.target import TargetDevice, predict_latency
 
 __all__ = ["Listener", "dry_run", "resume", "show", "tune"]
@@ -361,9 +361,8 @@ class _Tune:
         trials = self.config.trials if facts["satisfiable"] else 3  # dense, ToMe and DSM
         trials += len(facts.get("corrections", [])) * math.ceil(trials * FURTHER_SHARE)
         self.listener.say(
-            f"searching {shapes_words(planner.space)}: {trials} trials on "
-            f"{len(inputs.search)} images, {self.cluster.workers} workers, "
-            f"about {duration_words(facts['estimated_seconds'])} to the answer"
+            f"searching {planner.space.name}: {trials} trials on {len(inputs.search)} images, "
+            f"{self.cluster.workers} workers, about {duration_words(facts['estimated_seconds'])}"
         )
 
         answer = Answer.of(study)  # once: reading all trials at the end of each would be quadratic
@@ -399,16 +398,17 @@ class _Tune:
 
     def _confirm(self, study: Study, inputs: Inputs) -> None:
         """Measure the front and the references alone, and judge them on held-out images."""
-        stored = dict(study.facts.get("confirmed", {}))
-        dense, *others = self._to_confirm(study)
-        others = [plan for plan in others if plan.digest not in stored]
-        if not others and dense.digest in stored:
+        known = study.facts.get("confirmed", {})
+        plans = self._to_confirm(study)
+        new = [plan for plan in plans if plan.digest not in known]
+        if not new:
             return
-        plans = [dense, *others]  # dense again too: all are timed in turn with it
         self.listener.say(f"confirming {len(plans)} plans on {len(inputs.holdout)} held-out images")
         payload = self._dense_outputs(HELD_OUT)
         assert payload.dense is not None  # `_dense_outputs` has set it
-        judged = self.crew.map(partial(judge, dense=payload.dense), plans)
+        judged = self.crew.map(partial(judge, dense=payload.dense), new)
+        results = {d: Result.from_dict(one["result"]) for d, one in known.items()}
+        results |= {p.digest: _result(p, one) for p, one in zip(new, judged, strict=True)}
         profile = profile_of(study.facts)
         if profile is not None and self.target.is_elsewhere:
             self.listener.say("the profile is of another device: latencies stay as predicted")
@@ -416,13 +416,19 @@ class _Tune:
         else:
             self.listener.say("timing them alone, in turn with the dense model")
             device, timed = self.target.confirm(inputs, plans, self.cluster)
-        for plan, per_image, found in zip(plans, judged, timed, strict=True):
-            predicted = None if profile is None else profile.predict(plan)
-            latency = dataclasses.replace(found.latency_ms, predicted=predicted)
-            result = _result(plan, per_image, latency, self.config.batch_size)
-            stored[plan.digest] = {"result": result.to_dict(), "ratio_high": found.ratio_high}
+        confirmed = {}  # only what was timed now: times of two runs do not compare
+        for plan, found in zip(plans, timed, strict=True):
+            p50 = found.latency_ms.p50
+            result = dataclasses.replace(
+                results[plan.digest],
+                latency_ms=dataclasses.replace(
+                    found.latency_ms, predicted=None if profile is None else profile.predict(plan)
+                ),
+                throughput=None if not p50 else 1e3 * self.config.batch_size / p50,
+            )
+            confirmed[plan.digest] = {"result": result.to_dict(), "ratio_high": found.ratio_high}
         study.put("confirmed_on", device)
-        study.put("confirmed", stored)
+        study.put("confirmed", confirmed)
 
     def _correct(self, study: Study, inputs: Inputs) -> bool:
         """Whether to search on, with a corrected profile, because no plan proved fast enough.
@@ -491,7 +497,8 @@ class _Tune:
         return float(self.earlier_seconds + self.clock() - self.start)
 
 
-def _result(plan: MergePlan, per_image: PerImage, latency: LatencyMs, batch_size: int) -> Result:
+def _result(plan: MergePlan, per_image: PerImage) -> Result:
+    """A plan as it was judged, not timed yet."""
     quality = per_image.summary()
     low, high = bootstrap_interval(per_image.divergence)
     return Result(
@@ -503,6 +510,4 @@ def _result(plan: MergePlan, per_image: PerImage, latency: LatencyMs, batch_size
         agreement=quality.agreement,
         top1=quality.top1,
         top5=quality.top5,
-        latency_ms=latency,
-        throughput=None if not latency.p50 else 1e3 * batch_size / latency.p50,
     )

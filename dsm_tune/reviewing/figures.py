@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dsm_tune.results import Result, Trial, TuneResult
-from dsm_tune.reviewing import points
+from dsm_tune.reviewing import points, summary
 from dsm_tune.reviewing.points import COLOURS, KINDS, MARKERS, Point
 
 __all__ = ["pareto_png", "similarity_curve_png", "similarity_curve_svg", "tokens_png"]
@@ -75,7 +75,7 @@ def similarity_curve_svg(curve: Sequence[float], delay: int, title: str = "") ->
 
 
 def _similarity_curve(curve: Sequence[float], delay: int, title: str) -> Figure:
-    message = f"Tokens grow alike from block {delay} on: merging begins there (D = {delay})"
+    message = f"{summary.delay_words(curve, delay)}: merging begins there"
     figure, axes = _page(title or message, "", "block", "mean cosine similarity of tokens")
     blocks = range(len(curve))
     if delay > 0:

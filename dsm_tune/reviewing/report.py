@@ -137,7 +137,7 @@ def _study(result: TuneResult, trials: Sequence[Trial]) -> str:
     pairs = [
         ("trials", counts),
         ("images", f"{search} to search, {holdout} held out"),
-        ("delay", f"D = {result.delay}, from the similarity curve"),
+        ("delay", summary.delay_words(result.similarity_curve, result.delay)),
         ("time", f"{result.seconds:.0f} s; evaluation of the trials {spent:.0f} s"),
         ("device", f"{result.device.get('name', '')} ({result.device.get('fingerprint', '')})"),
         ("MLflow", f"{redact(result.tracking_uri)}, run {result.parent_run_id}"),

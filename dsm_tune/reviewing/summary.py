@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import BudgetReport, Result, TuneResult
@@ -119,7 +120,7 @@ def answer(result: TuneResult) -> str:
             f"the budget of {budget}: {_missed(result, closest)}."
         )
     return (
-        f"{early}Nothing meets the budget of {budget}: the fastest reachable is {closest}, "
+        f"{early}Nothing meets the budget of {budget}: the fastest that is known takes {closest}, "
         f"the dense model takes {dense}. Nothing is chosen; raise the budget, or "
         "choose a smaller model, smaller images or a faster runtime."
     )
@@ -152,6 +153,15 @@ def budget_words(budget: BudgetReport, *, short: bool = False) -> str:
     if budget.gmacs is not None:
         parts.append(f"{budget.gmacs:.3g} GMACs")
     return " and ".join(parts) or "none"
+
+
+def delay_words(curve: Sequence[float], delay: int) -> str:
+    """Return D and where it comes from; the curve may show no block where tokens converge."""
+    from dsm_tune.merging.similarity import find_transition
+
+    if find_transition(curve) is None:
+        return f"D = {delay}, which is depth / 6: the similarity curve shows no transition"
+    return f"D = {delay}, from the similarity curve"
 
 
 def duration_words(seconds: float) -> str:

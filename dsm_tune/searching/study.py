@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -104,7 +105,8 @@ def _open(url: str, *, create: bool) -> RDBStorage:
             f"but got {url!r:.80}"
         ) from None
     file = Path(address.database or "")
-    if address.get_backend_name() == "sqlite" and not create and not file.is_file():
+    is_local = address.get_backend_name() == "sqlite"
+    if is_local and not create and not os.path.isfile(file):  # False for a name that is too long
         raise StudyError(f"there is no study store at {file}; `dsm-tune` makes one")
     try:
         if not create and not _has_studies(address):  # opening it would make its tables

@@ -64,6 +64,8 @@ def refused(call: Call, *arguments: str) -> str:
         ([*BUDGET, "--device-profile", "no.json"], "--device-profile must be a readable file"),
         ([*BUDGET, "--config", "no.toml"], "--config must be a readable file, but no.toml"),
         ([*BUDGET, "--search-space", "defualt"], "did you mean 'default'?"),
+        ([*BUDGET, "--device", "cuda:" + "9" * 5000], "--device must be auto, cpu, cuda or"),
+        (["show", "x", "--storage", f"sqlite:///{'a' * 300}"], "there is no study store at"),
     ],
 )
 def test_usage_errors_are_one_line(call: Call, arguments: list[str], expected: str) -> None:
@@ -100,6 +102,8 @@ def test_a_budget_is_a_number_above_zero_or_a_percentage(
         ("config = 'x'", "tune.toml: 'config' is not an option"),
         ("[tune]\ntrials = 3", "tune.toml: 'tune' is not an option"),
         ("trials = ", "tune.toml: --config must be TOML in UTF-8"),
+        ("trials = " + "[" * 5000 + "]" * 5000, "tune.toml: --config must be TOML in UTF-8"),
+        ("seed = 0x" + "f" * 5000, "seed must be an integer, but got an integer of thousands"),
     ],
 )
 def test_a_configuration_file_is_checked_by_file_and_key(

@@ -81,7 +81,7 @@ def test_a_dense_model_that_fits_is_the_choice() -> None:
 def test_where_nothing_fits_the_fastest_reachable_is_said() -> None:
     words = summary.answer(infeasible())
     assert words.startswith("Nothing meets the budget of 4.6 ms (p50, batch 1): ")
-    assert "the fastest reachable is 2.2 ms" in words
+    assert "the fastest that is known takes 2.2 ms" in words
     assert [row.name for row in summary.rows(infeasible())] == ["dense", "ToMe", "DSM"]
 
 

@@ -49,6 +49,7 @@ def pareto_png(result: TuneResult, trials: Sequence[Trial]) -> bytes:
             _marks(axes, kind, some, order)
     axes.set_ylim(-0.05 * drawing.top, drawing.top)
     axes.margins(x=0.06)
+    _leave_dense_outside(axes, drawing)
     _legend(axes)
     return _png(figure)
 
@@ -75,7 +76,9 @@ def similarity_curve_svg(curve: Sequence[float], delay: int, title: str = "") ->
 
 
 def _similarity_curve(curve: Sequence[float], delay: int, title: str) -> Figure:
-    message = f"{summary.delay_words(curve, delay)}: merging begins there"
+    message = f"Tokens grow alike from block {delay} on: merging begins there (D = {delay})"
+    if not summary.shows_transition(curve):
+        message = f"No block from which tokens grow alike: D = {delay} is depth / 6"
     figure, axes = _page(title or message, "", "block", "mean cosine similarity of tokens")
     blocks = range(len(curve))
     if delay > 0:
@@ -131,11 +134,31 @@ def _tokens(
     axes.plot(range(len(counts)), counts, style, color=colour, linewidth=width, label=label)
 
 
+def _leave_dense_outside(axes: Any, drawing: points.Scatter) -> None:
+    """Give the width to the plans where the dense model costs far more; an arrow points at it."""
+    others = [p.cost for kind, some in drawing.points.items() if kind != "dense" for p in some]
+    others += [] if drawing.budget is None else [drawing.budget]
+    dense = max((point.cost for point in drawing.points["dense"]), default=0.0)
+    if not others or dense <= 2 * max(others) - min(others):
+        return
+    low, high = min(others), max(others)
+    axes.set_xlim(low - 0.08 * (high - low), high + 0.2 * (high - low))
+    axes.annotate(
+        f"dense model at {dense:.3g} →",
+        (0.995, 0.015),
+        xycoords="axes fraction",
+        ha="right",
+        va="bottom",
+        fontsize=9,
+        color=GREY,
+    )
+
+
 def _marks(axes: Any, kind: str, some: list[Point], order: int) -> None:
     strong = kind not in ("pruned", "infeasible", "trial")
     label = KINDS[kind]
     if strong and len(some) == 1:
-        label += f"\n  {some[0].divergence:.3f} at {some[0].cost:.3g}"
+        label += f"\n  {some[0].divergence:.3g} at {some[0].cost:.3g}"
     hollow = kind == "infeasible"
     axes.plot(
         [point.cost for point in some],

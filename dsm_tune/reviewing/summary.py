@@ -14,13 +14,16 @@ __all__ = [
     "answer",
     "budget_words",
     "cost",
+    "delay_words",
     "divergence_name",
+    "duration_words",
     "headings",
     "headline",
     "interval",
     "plan_words",
     "row",
     "rows",
+    "shows_transition",
     "wilson",
 ]
 
@@ -155,11 +158,16 @@ def budget_words(budget: BudgetReport, *, short: bool = False) -> str:
     return " and ".join(parts) or "none"
 
 
+def shows_transition(curve: Sequence[float]) -> bool:
+    """Whether there is a block from which tokens grow alike; else D is a convention."""
+    from dsm_tune.merging.similarity import find_transition  # imports torch, which texts need not
+
+    return find_transition(curve) is not None
+
+
 def delay_words(curve: Sequence[float], delay: int) -> str:
     """Return D and where it comes from; the curve may show no block where tokens converge."""
-    from dsm_tune.merging.similarity import find_transition
-
-    if find_transition(curve) is None:
+    if not shows_transition(curve):
         return f"D = {delay}, which is depth / 6: the similarity curve shows no transition"
     return f"D = {delay}, from the similarity curve"
 

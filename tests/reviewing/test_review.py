@@ -166,6 +166,15 @@ def test_figures_have_three_digits(
     assert summary.interval(value, low, high) == text
 
 
+def test_a_delay_that_is_a_convention_is_not_called_a_finding() -> None:
+    fallen, found = [0.4, 0.3, 0.25, 0.24], [0.4, 0.2, 0.3, 0.4]
+    assert "shows no transition" in summary.delay_words(fallen, 1)
+    assert summary.delay_words(found, 1) == "D = 1, from the similarity curve"
+    drawn = [figures.similarity_curve_svg(curve, 1).decode() for curve in (fallen, found)]
+    assert "<!-- No block from which tokens grow alike: D = 1 is depth / 6 -->" in drawn[0]
+    assert "<!-- Tokens grow alike from block 1 on" in drawn[1]
+
+
 def test_a_plan_in_words_names_delay_r_and_what_is_unusual() -> None:
     assert summary.plan_words(build.DENSE) == "dense"
     lossless = dataclasses.replace(build.DENSE, last_block="prefix")

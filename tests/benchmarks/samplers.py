@@ -107,6 +107,7 @@ def main() -> None:
     options.add_argument("--count", type=int, default=100, help="images per recorded plan")
     options.add_argument("--budget-gflops", default="0.71")
     options.add_argument("--seeds", type=int, default=5)
+    options.add_argument("--samplers", default=",".join(SAMPLERS))
     chosen = options.parse_args()
     if chosen.record:
         record(chosen)
@@ -121,7 +122,7 @@ def main() -> None:
     print(f"{len(logs)} recorded plans, out-of-bag R² {forest.oob_score_:.2f}")
     reference = 2 * math.exp(statistics.median(logs))
     print("sampler  " + "".join(f"{mark:>22} trials" for mark in MARKS) + "   s/draw")
-    for sampler in SAMPLERS:
+    for sampler in chosen.samplers.split(","):
         start = time.perf_counter()
         runs = [run(sampler, seed, planner, forest, reference) for seed in range(chosen.seeds)]
         seconds = (time.perf_counter() - start) / (chosen.seeds * len(runs[0]))
@@ -129,7 +130,8 @@ def main() -> None:
         for mark in MARKS:
             values = [volumes[mark - 1] for volumes in runs]
             cells.append(f"{statistics.median(values):.4f} [{min(values):.4f}, {max(values):.4f}]")
-        print(f"{sampler:8} " + "  ".join(f"{cell:>27}" for cell in cells) + f"  {seconds:.3f}")
+        row = f"{sampler:8} " + "  ".join(f"{cell:>27}" for cell in cells) + f"  {seconds:.3f}"
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

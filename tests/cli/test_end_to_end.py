@@ -14,6 +14,7 @@ from command_line import Ended, children, contents, run, runs
 
 from dsm_tune.plan import MergePlan
 from dsm_tune.profile import DeviceProfile
+from dsm_tune.searching.study import Study
 
 STUDY = "digits"
 TUNE = ("--budget-gflops", "60%", "--trials", "8", "--study", STUDY, "--json")
@@ -240,6 +241,21 @@ def test_a_profile_that_promised_too_much_is_corrected_and_the_search_goes_on(
         assert result["latency_ms"]["high"] <= budget
     # Where the machine did not slow down between the two commands, something is found.
     assert told.code == (3 if document["chosen"] is None else 0)
+
+
+@pytest.mark.slow
+def test_one_worker_finds_the_trials_and_the_front_that_two_find(
+    tuned: Ended, folder: Path, tmp_path: Path
+) -> None:
+    alone = run(*TUNE, "--workers", "1", cwd=tmp_path)
+    assert alone.code == 0, alone
+    studies = [
+        Study.load(f"sqlite:///{where / 'dsm_tune.db'}", STUDY) for where in (folder, tmp_path)
+    ]
+    two, one = ([(r.label, r.plan.digest, r.state) for r in s.records()][:8] for s in studies)
+    assert one == two
+    fronts = [[(r["plan"], r["divergence"]) for r in t.json["front"]] for t in (tuned, alone)]
+    assert fronts[0] == fronts[1]
 
 
 @pytest.mark.slow

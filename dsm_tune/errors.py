@@ -79,5 +79,5 @@ def shown(value: object, most: int = 60) -> str:
     """Return a value as an error message shows it: its ``repr``, cut, or what stands for that."""
     try:
         return f"{value!r:.{most}}"
-    except ValueError:  # Python writes no integer of more than 4300 digits
-        return "an integer of thousands of digits"
+    except (RecursionError, ValueError):  # nested too deep, or an integer of too many digits
+        return f"a {type(value).__name__} too large to print"

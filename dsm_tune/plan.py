@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
-from dsm_tune.errors import PlanError, nearest
+from dsm_tune.errors import PlanError, nearest, shown
 
 __all__ = ["FORMAT", "Geometry", "Matching", "MergePlan", "Step", "step_macs"]
 
@@ -53,10 +53,7 @@ def _choice(value: object, where: str, accepted: tuple[str, ...]) -> str:
 
 
 def _shown(value: object) -> str:
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested too deep, or an integer of too many digits
-        text = f"a {type(value).__name__} too large to print"
+    text = shown(value, 61)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

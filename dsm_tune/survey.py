@@ -20,7 +20,8 @@ from dsm_tune.merging.similarity import (
 )
 from dsm_tune.plan import MergePlan
 from dsm_tune.profile import DeviceProfile
-from dsm_tune.searching.budget import Cost, Limit, Limits
+from dsm_tune.reviewing.summary import cost_words
+from dsm_tune.searching.budget import Limit, Limits
 from dsm_tune.searching.engine import Cluster
 from dsm_tune.searching.search import Planner
 from dsm_tune.searching.space import Choices, Space
@@ -128,7 +129,9 @@ def survey(
     planner = make_planner(config, inputs, space, delay, limits, profile)
     fastest = planner.fastest()
     reachable = planner.cost_of(fastest)
-    seconds = _seconds(config, inputs, planner, image_seconds, target.confirm_seconds(geometry))
+    known = planner.known()
+    timing_seconds = target.confirm_seconds(geometry)
+    seconds = _seconds(config, inputs, planner, len(known), image_seconds, timing_seconds)
     facts = {
         "images": {
             "search": len(inputs.search),
@@ -150,13 +153,13 @@ def survey(
         "fastest": fastest.to_json(),
         "satisfiable": limits.excess(reachable) <= 0,
         "estimated_seconds": seconds,
-        "references": {k: p.to_json() for k, p in planner.known().items()},
+        "references": {k: p.to_json() for k, p in known.items()},
         "limits": dataclasses.asdict(limits),
     }
-    wanted = Cost(limits.gmacs or math.nan, limits.ms)
     say(
-        f"budget {_cost_words(wanted)}; dense {_cost_words(cost)}; "
-        f"fastest reachable {_cost_words(reachable)}; satisfiable: {_answer(facts)}"
+        f"budget {cost_words(limits.gmacs, limits.ms)}; dense {cost_words(cost.gmacs, cost.ms)}; "
+        f"fastest reachable {cost_words(reachable.gmacs, reachable.ms)}; "
+        f"satisfiable: {_answer(facts)}"
     )
     return Survey(facts, planner.space)
 
@@ -210,12 +213,13 @@ def _seconds(
     config: TuneConfig,
     inputs: Inputs,
     planner: Planner,
+    known: int,
     image_seconds: float,
     timing_seconds: float,
 ) -> float:
     """Estimate of the search and the confirmation, by the images that go through plans."""
-    fidelity, known = planner.space.fidelity, list(planner.known().values())
-    first = min(len(known), config.trials)  # evaluated on all images, unlike those that are drawn
+    fidelity = planner.space.fidelity
+    first = min(known, config.trials)  # evaluated on all images, unlike those that are drawn
     drawn_share = fidelity.image_share + fidelity.keep_share * (1 - fidelity.image_share)
     evaluated = first + (config.trials - first) * drawn_share
     images = evaluated * len(inputs.search) + (1 + MOST_CONFIRMED) * len(inputs.holdout)
@@ -235,8 +239,3 @@ def _answer(facts: Mapping[str, Any]) -> str:
     if facts["dense_fits"]:
         return "yes, by the dense model"
     return "yes" if facts["satisfiable"] else "no"
-
-
-def _cost_words(cost: Cost) -> str:
-    parts = [] if math.isnan(cost.gmacs) else [f"{cost.gmacs:.3g} GMACs"]
-    return ", ".join(parts if cost.ms is None else [*parts, f"{cost.ms:.3g} ms"])

@@ -273,7 +273,7 @@ def write_survey(body: Mapping[str, Any]) -> None:
     quality = "" if top1 is None else f", top-1 {100 * top1:.1f} % on the search images"
     answers = {True: "yes", False: "no: nothing that is known is fast enough"}
     answer = "the dense model meets it" if budget["dense_fits"] else answers[budget["satisfiable"]]
-    wanted = _costs(budget["gmacs"], budget["ms"])
+    wanted = summary.cost_words(budget["gmacs"], budget["ms"])
     setting = "" if budget["ms"] is None else f" ({budget['stat']}, batch {budget['batch_size']})"
     space, depth = body["search_space"], len(body["similarity_curve"])
     shapes = "∞" if space["shapes"] is None else f"{space['shapes']:.0f}"
@@ -281,9 +281,9 @@ def write_survey(body: Mapping[str, Any]) -> None:
     duration = summary.duration_words(body["estimated_seconds"])
     lines = {
         "device": body["device"]["name"],
-        "dense": _costs(dense["gmacs"], dense["ms"]) + quality,
+        "dense": summary.cost_words(dense["gmacs"], dense["ms"]) + quality,
         "budget": wanted + setting,
-        "reachable": _costs(budget["fastest_gmacs"], budget["fastest_ms"]),
+        "reachable": summary.cost_words(budget["fastest_gmacs"], budget["fastest_ms"]),
         "satisfiable": answer,
         "delay": f"D = {body['delay']} of {depth} blocks, in {share:.0%} of resamples",
         "search": f"{body['trials']} trials of {shapes} shapes ({space['name']})",
@@ -294,11 +294,6 @@ def write_survey(body: Mapping[str, Any]) -> None:
     for name, text in lines.items():
         table.add_row(name, Text(text))
     _render([table, "", Text("Nothing was stored; without --dry-run the search begins.")])
-
-
-def _costs(gmacs: float | None, ms: float | None) -> str:
-    parts = [] if gmacs is None else [f"{gmacs:.3g} GMACs"]
-    return ", ".join(parts if ms is None else [*parts, f"{ms:.3g} ms"])
 
 
 def write_curve(body: Mapping[str, Any]) -> None:

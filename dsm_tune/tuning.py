@@ -14,13 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dsm_tune.answer import (
-    Answer,
-    load_study,
-    parse_budget,
-    profile_of,
-    show,
-)
+from dsm_tune.answer import Answer, load_study, parse_budget, profile_of, show
 from dsm_tune.config import TuneConfig, absolute_storage
 from dsm_tune.diagnosis import check_cluster, check_database
 from dsm_tune.errors import ConfigError, StudyError
@@ -472,10 +466,8 @@ class _Tune:
     def _end(self, study: Study, queue: TrackingQueue, status: str) -> TuneResult:
         study.put("seconds", self._seconds())
         study.put("status", status)
-        answer = Answer.of(study)
-        result = answer.result()
         queue.drain(timeout=60.0)
-        ids = {r.number: queue.run_id(r.number) for r in answer.records}
+        ids = {r.number: queue.run_id(r.number) for r in study.records()}
         study.put("run_ids", {str(number): run for number, run in ids.items() if run})
         study.put("parent_run_id", queue.parent_run_id or "")
         answer = Answer.of(study)

@@ -68,8 +68,13 @@ class Choice:
 
 def halves(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """Return views of the patch tokens at even and at odd positions of the whole sequence."""
-    odd = prefix % 2
-    return x[:, prefix + odd :: 2], x[:, prefix + 1 - odd :: 2]
+    even, odd = _first(prefix)
+    return x[:, even::2], x[:, odd::2]
+
+
+def _first(prefix: int) -> tuple[int, int]:
+    """Positions in the whole sequence of the first patch token at an even and at an odd one."""
+    return prefix + prefix % 2, prefix + 1 - prefix % 2
 
 
 def similarity(feature: Tensor, prefix: int) -> Tensor:
@@ -184,8 +189,7 @@ def merge(
     x, size = tokens.x, tokens.size
     if size is None:
         size = x.new_ones(x.shape[:2], dtype=torch.float32)
-    even_at = prefix + prefix % 2  # positions in the sequence of the first even and odd token
-    odd_at = prefix + 1 - prefix % 2
+    even_at, odd_at = _first(prefix)
     kept = torch.add(even_at, choice.kept, alpha=2)
     source = torch.add(even_at, choice.source, alpha=2)
     slot = torch.arange(size[:, odd_at::2].shape[1], device=x.device).view(1, -1, 1)

@@ -14,6 +14,7 @@ __all__ = [
     "answer",
     "budget_words",
     "cost",
+    "cost_words",
     "delay_words",
     "divergence_name",
     "duration_words",
@@ -163,6 +164,12 @@ def shows_transition(curve: Sequence[float]) -> bool:
     from dsm_tune.merging.similarity import find_transition  # imports torch, which texts need not
 
     return find_transition(curve) is not None
+
+
+def cost_words(gmacs: float | None, ms: float | None) -> str:
+    """Return predicted costs as text, such as ``0.71 GMACs, 4.6 ms``; what is not known is left."""
+    parts = [] if gmacs is None else [f"{gmacs:.3g} GMACs"]
+    return ", ".join(parts if ms is None else [*parts, f"{ms:.3g} ms"])
 
 
 def delay_words(curve: Sequence[float], delay: int) -> str:

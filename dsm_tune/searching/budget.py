@@ -213,8 +213,8 @@ def fit_gmacs(
         for kind, share in zip(shape.kinds, shape.shares, strict=True)
         if share
     )
-    best, total = None, 0
-    while total <= geometry.patches * sum(share > 0 for share in shape.shares):
+    best, total, blocks = None, 0, sum(share > 0 for share in shape.shares)
+    while total <= geometry.patches * blocks:
         plan = shape.plan(geometry, total, model)
         excess = plan.macs - most * 1e9
         if plan.gmacs <= most:
@@ -222,8 +222,8 @@ def fit_gmacs(
                 best = plan
             if plan.macs + matching + CAPPED_TOKENS * token < best.macs:
                 break
-        if total and all(step.r > plan.removed[step.block] for step in plan.steps):
-            break  # every block gives what it has
+        if total and _is_spent(plan, blocks):
+            break
         total += max(1, math.floor((excess - matching) / token))
     return best
 
@@ -238,8 +238,14 @@ def _plans(shape: Shape, geometry: Geometry, model: str) -> Iterator[MergePlan]:
         if plan.removed != removed:
             removed = plan.removed
             yield plan
-        elif len(plan.steps) == blocks and all(s.r > removed[s.block] for s in plan.steps):
+        elif _is_spent(plan, blocks):
             return  # rounding takes one from a block at most, so higher totals change nothing
+
+
+def _is_spent(plan: MergePlan, blocks: int) -> bool:
+    """Whether each of the blocks that may give tokens is asked for more than it has."""
+    asked = all(step.r > plan.removed[step.block] for step in plan.steps)
+    return len(plan.steps) == blocks and asked
 
 
 def cheapest(

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-from dsm_tune.errors import SpaceError, nearest
+from dsm_tune.errors import SpaceError, nearest, shown
 from dsm_tune.plan import (
     ATTENTIONS,
     FEATURES,
@@ -350,7 +350,7 @@ def parse_space(content: bytes, name: str, where: str) -> Space:
         ) from None
     if document.get("format") != FORMAT:
         raise SpaceError(
-            f"{where}: format must be {FORMAT!r}, but got {_shown(document.get('format'))}"
+            f"{where}: format must be {FORMAT!r}, but got {shown(document.get('format'))}"
         )
     tables = ["format", "description", "search", "fidelity", "enqueue", *RULES]
     _refuse_unknown(document, tables, f"{where}: ")
@@ -373,7 +373,7 @@ def parse_space(content: bytes, name: str, where: str) -> Space:
 def _table(document: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     value = document.get(name, {})
     if not isinstance(value, dict):
-        raise SpaceError(f"{where}: {name} must be a table, but got {_shown(value)}")
+        raise SpaceError(f"{where}: {name} must be a table, but got {shown(value)}")
     return value
 
 
@@ -388,14 +388,14 @@ def _single(
         accepted = _values_of(value, rule, f"{where}: {name}.{key}")
         if isinstance(value, list):
             raise SpaceError(
-                f"{where}: {name}.{key} must be a single value, but got {_shown(value)}"
+                f"{where}: {name}.{key} must be a single value, but got {shown(value)}"
             )
         result[key] = accepted.values[0] if isinstance(accepted, Choices) else accepted.low
     return result
 
 
 def _values_of(value: Any, rule: Rule, where: str) -> Range | Choices:
-    problem = SpaceError(f"{where} must be {rule}, but got {_shown(value)}")
+    problem = SpaceError(f"{where} must be {rule}, but got {shown(value)}")
     if rule.choices:
         values = value if isinstance(value, list) else [value]
         accepted = Choices(rule.choices)
@@ -418,21 +418,14 @@ def _enqueued(
     points: Any, parameters: Mapping[str, Range | Choices], where: str
 ) -> tuple[dict[str, Any], ...]:
     if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
-        raise SpaceError(f"{where}: enqueue must be an array of tables, but got {_shown(points)}")
+        raise SpaceError(f"{where}: enqueue must be an array of tables, but got {shown(points)}")
     for index, point in enumerate(points):
         place = f"{where}: enqueue[{index}]."
         _refuse_unknown(point, list(parameters), place)
         for key, value in point.items():
             if not parameters[key].admits(value):
-                raise SpaceError(f"{place}{key} must be {parameters[key]}, but got {_shown(value)}")
+                raise SpaceError(f"{place}{key} must be {parameters[key]}, but got {shown(value)}")
     return tuple(dict(point) for point in points)
-
-
-def _shown(value: object) -> str:
-    try:
-        return f"{value!r:.60}"
-    except ValueError:  # Python refuses to print an integer of thousands of digits
-        return f"a {type(value).__name__} too large to print"
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.measuring.quality import PerImage, compare
-from dsm_tune.merging.backbone import read_geometry
+from dsm_tune.merging.backbone import read_geometry, stem
 from dsm_tune.merging.merged import finish, merged
 from dsm_tune.plan import MergePlan
 
@@ -114,14 +114,11 @@ class Evaluator:
         levels = {b for b, _ in self._kept} | {block}
         if len(levels) * rows * geometry.tokens * geometry.width * itemsize > self.cache_bytes:
             return None
-        caught: list[Tensor] = []
+        kept = [level for level in levels if level < block and (level, batch) in self._kept]
+        start = max(kept, default=0)
+        x = self._kept[start, batch] if kept else stem(self.model, self._pixels(batch))
         parts: Any = self.model
-        hook = parts.blocks[block].register_forward_pre_hook(
-            lambda _, inputs: caught.append(inputs[0])
-        )
-        try:
-            self.model(self._pixels(batch))
-        finally:
-            hook.remove()
-        self._kept[block, batch] = caught[0].clone()
-        return self._kept[block, batch]
+        for index in range(start, block):
+            x = parts.blocks[index](x)
+        self._kept[block, batch] = x
+        return x

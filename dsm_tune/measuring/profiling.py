@@ -129,10 +129,7 @@ def _part_calls(
                 block, backbone.attend_prefix(block, x, log_size, geometry.prefix)
             ),
         )
-    yield (
-        "stem",
-        lambda: parts.norm_pre(parts.patch_drop(parts._pos_embed(parts.patch_embed(pixels)))),
-    )
+    yield "stem", partial(backbone.stem, model, pixels)
     yield "head", lambda: parts.forward_head(parts.norm(x))
     projections = backbone.attend(block, x, log_size)[1]
     tokens = Tokens(x, size)

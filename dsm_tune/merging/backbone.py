@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dsm_tune.errors import ModelError
 from dsm_tune.plan import Geometry
 
-__all__ = ["Projections", "attend", "attend_prefix", "feed_forward", "read_geometry"]
+__all__ = ["Projections", "attend", "attend_prefix", "feed_forward", "read_geometry", "stem"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +136,13 @@ def _attention_output(block: Block, parts: Projections, log_size: Tensor | None)
     mixed = attn.norm(heads.transpose(1, 2).flatten(2))
     output: Tensor = block.drop_path1(block.ls1(attn.proj_drop(attn.proj(mixed))))
     return output
+
+
+def stem(model: nn.Module, pixels: Tensor) -> Tensor:
+    """What enters the first block: [B, 3, H, W] to [B, N, C]."""
+    parts: Any = model
+    tokens: Tensor = parts.norm_pre(parts.patch_drop(parts._pos_embed(parts.patch_embed(pixels))))
+    return tokens
 
 
 def attend_prefix(block: Block, x: Tensor, log_size: Tensor | None, prefix: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -29,6 +30,7 @@ from dsm_tune.searching.study import Mirror, Record, Study, derive_seed
 
 __all__ = ["Job", "Planner", "Progress", "Search"]
 
+REFERENCES = ("dense", "tome", "dsm")  # known plans that all others are compared with
 ATTEMPTS, RANDOM_AFTER = 48, 16  # draws per slot; from RANDOM_AFTER on, uniformly at random
 
 
@@ -324,7 +326,7 @@ class Search:
         redrawn = {"duplicate": 0, "unfit": 0}
         for attempt in range(ATTEMPTS):
             seed = derive_seed(self.seed, generation, slot, attempt)
-            params = mirror.draw(seed, at_random=attempt >= RANDOM_AFTER)
+            params = mirror.draw(seed, slot=slot, at_random=attempt >= RANDOM_AFTER)
             plan = self.planner.build(params)
             if plan is None or plan.digest in seen:
                 redrawn["unfit" if plan is None else "duplicate"] += 1
@@ -334,13 +336,24 @@ class Search:
 
     def _mirror(self, generation: int) -> Mirror:
         told = []
+        offset = self._log_offset(generation)
         for record in self.records():
             earlier = record.generation < generation and record.params and record.state != "failed"
-            if earlier and record.latest is not None and record.latest.divergence is not None:
-                # The logarithm, so that one hopeless plan does not flatten the rest of the front.
-                log_divergence = math.log(max(record.latest.divergence, 1e-9))
-                told.append((record.params, (log_divergence, self._cost(record))))
+            latest = record.latest
+            if earlier and latest is not None and latest.divergence is not None:
+                value = _log(latest.divergence) + (offset if latest.images < self.images else 0.0)
+                told.append((record.params, (value, self._cost(record))))
         return Mirror(self.planner.space, told)
+
+    def _log_offset(self, generation: int) -> float:
+        """How much harder all images are than the few: median over plans that have seen both."""
+        few, offsets = self._few(), []
+        for record in self.records():
+            seen = [record.evaluations.get(count) for count in (few, self.images)]
+            if record.generation < generation and few < self.images and all(seen):
+                losses = [one.divergence for one in seen if one and one.divergence is not None]
+                offsets += [_log(losses[1]) - _log(losses[0])] if len(losses) == 2 else []
+        return statistics.median(offsets) if offsets else 0.0
 
     def _few(self) -> int:
         """Images of the first stage; as many as there are if it is not worth a stage of its own."""
@@ -351,15 +364,23 @@ class Search:
 
     def _queue_missing(self, members: list[Record]) -> bool:
         """Queue the evaluations that a generation lacks at its present stage; whether any."""
-        few = self.images if members[0].generation in self.known_at else self._few()
-        missing = [r for r in members if r.state == "running" and few not in r.evaluations]
+        few = self._few()
+        missing = [
+            (record, images)
+            for record in members
+            if record.state == "running"
+            and (images := self.images if record.label in REFERENCES else few)
+            not in record.evaluations
+        ]
         if not missing and few < self.images:
-            promoted = self._promoted(members, few)
+            climbing = [r for r in members if r.label not in REFERENCES]
+            promoted = self._promoted(climbing, few)
             missing = [
-                r for r in promoted if self.images not in r.evaluations and r.state == "running"
+                (record, self.images)
+                for record in promoted
+                if record.state == "running" and self.images not in record.evaluations
             ]
-            few = self.images
-        self._queue.extend(Job(r.number, r.plan, few) for r in missing)
+        self._queue.extend(Job(r.number, r.plan, images) for r, images in missing)
         return bool(missing)
 
     def _promoted(self, members: list[Record], few: int) -> list[Record]:
@@ -414,3 +435,8 @@ class Search:
         reference = self._cost(known["dense"]), 2 * worst
         points = [self.objectives(r) for r in self.front()]
         return hypervolume(points, reference) / (reference[0] * reference[1])
+
+
+def _log(divergence: float) -> float:
+    """The scale of the sampler: one hopeless plan does not flatten the rest of the front."""
+    return math.log(max(divergence, 1e-9))

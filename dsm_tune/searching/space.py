@@ -27,7 +27,16 @@ from dsm_tune.plan import (
 )
 from dsm_tune.searching.budget import Shape
 
-__all__ = ["FORMAT", "Choices", "Fidelity", "Range", "Space", "load_space", "space_names"]
+__all__ = [
+    "FORMAT",
+    "SAMPLERS",
+    "Choices",
+    "Fidelity",
+    "Range",
+    "Space",
+    "load_space",
+    "space_names",
+]
 
 FORMAT = "dsm_tune.space/1"
 
@@ -134,8 +143,9 @@ RULES: dict[str, dict[str, Rule]] = {
         "proportional_attention": Rule(choices=(True, False), default=True),
     },
 }
+SAMPLERS = ("tpe_equal_cost", "tpe", "nsga2", "gp", "random")
 SEARCH_RULES = {
-    "sampler": Rule(choices=("tpe", "nsga2", "gp", "random"), default="tpe"),
+    "sampler": Rule(choices=SAMPLERS, default=SAMPLERS[0]),
     "generation": Rule(1, 1024, whole=True, default=8),
 }
 FIDELITY_RULES = {
@@ -165,7 +175,7 @@ class Space:
         name: of the file, without its suffix.
         parameters: what each parameter of a trial may be, by name.
         enqueued: parameters to try first; what a point leaves out is the paper's.
-        sampler: ``tpe``, ``nsga2``, ``gp`` or ``random``.
+        sampler: one of ``SAMPLERS``.
         generation: trials asked at once, whatever the number of workers.
         fidelity: how a generation is thinned out.
     """
@@ -173,7 +183,7 @@ class Space:
     name: str
     parameters: dict[str, Range | Choices]
     enqueued: tuple[dict[str, Any], ...] = ()
-    sampler: str = "tpe"
+    sampler: str = SAMPLERS[0]
     generation: int = 8
     fidelity: Fidelity = Fidelity()
 

@@ -11,6 +11,8 @@ import hashlib
 import json
 import logging
 import os
+import random
+import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ from optuna.distributions import (
 )
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import Trial as OptunaTrial
 from optuna.trial import TrialState, create_trial
 
@@ -323,21 +326,36 @@ class Mirror:
 
     Each draw has its own sampler, seeded from (seed, generation, slot, attempt). So a draw
     depends on finished generations alone: not on workers, nor on an interruption.
+
+    ``tpe``, ``nsga2`` and ``gp`` see both objectives. But the cost is no result: it is what the
+    plan was fitted to. ``tpe_equal_cost`` spreads it over the slots of a generation, most of them
+    near the budget, and sees the divergences as they would be at one cost.
+
+    Args:
+        space: bound to the model.
+        told: parameters and (log divergence, cost) of the trials, in order.
     """
 
     def __init__(
         self, space: Space, told: Sequence[tuple[Mapping[str, Any], tuple[float, float]]]
     ) -> None:
-        self.space = space
+        self.space = self._drawn = space
+        values: list[tuple[float, ...]] = [pair for _, pair in told]
+        directions = [StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
+        if space.sampler == "tpe_equal_cost":
+            del directions[1]
+            rest = {k: v for k, v in space.parameters.items() if k != "cost_share"}
+            self._drawn = dataclasses.replace(space, parameters=rest)
+            values = [(value,) for value in _at_equal_cost([pair for _, pair in told])]
         with _quiet():
-            self._study = optuna.create_study(directions=["minimize", "minimize"])
-        for age, (params, values) in enumerate(told):
-            drawn, distributions = _sampled(space, params)
+            self._study = optuna.create_study(directions=directions)
+        for age, ((params, _), value) in enumerate(zip(told, values, strict=True)):
+            drawn, distributions = _sampled(self._drawn, params)
             self._study.add_trial(
                 create_trial(
                     params=drawn,
                     distributions=distributions,
-                    values=list(values),
+                    values=list(value),
                     # NSGA-II breeds from the generation before; the sampler keeps its number here.
                     system_attrs={NSGAIISampler._get_generation_key(): age // _population(space)},
                 )
@@ -347,16 +365,47 @@ class Mirror:
             # reads them from its cache: fill that, so that no draw depends on an earlier one.
             self.draw(0)
 
-    def draw(self, seed: int, *, at_random: bool = False) -> dict[str, Any]:
-        """Draw the parameters of one trial."""
+    def draw(self, seed: int, *, slot: int = 0, at_random: bool = False) -> dict[str, Any]:
+        """Draw the parameters of the trial in a slot of a generation."""
+        space = self.space if at_random else self._drawn
         with _quiet():
-            self._study.sampler = _sampler(
-                "random" if at_random else self.space.sampler, self.space, seed
-            )
+            self._study.sampler = _sampler("random" if at_random else space.sampler, space, seed)
             trial = self._study.ask()
-            params = self.space.draw(trial)
+            params = space.draw(trial)
             self._study.tell(trial, state=TrialState.FAIL)
+        if space is not self.space:
+            share = _spread(self.space.parameters["cost_share"], slot, self.space.generation, seed)
+            params = {name: params.get(name, share) for name in self.space.parameters}
         return json.loads(json.dumps(params))  # type: ignore[no-any-return]
+
+
+def _at_equal_cost(points: Sequence[tuple[float, float]]) -> list[float]:
+    """Log divergences less what their cost explains.
+
+    What a unit of cost is worth is the median slope between the better half of the points
+    (Theil and Sen's estimator, which one odd point does not move); it is never positive.
+
+    Args:
+        points: (log divergence, cost).
+    """
+    better = sorted(points)[: max(len(points) // 2, 4)]
+    apart = COST_APART * max((cost for _, cost in points), default=0.0)
+    slopes = [
+        (other - one) / (other_cost - cost)
+        for i, (one, cost) in enumerate(better)
+        for other, other_cost in better[i + 1 :]
+        if abs(other_cost - cost) > apart
+    ]
+    slope = min(statistics.median(slopes), 0.0) if slopes else 0.0
+    return [value - slope * cost for value, cost in points]
+
+
+def _spread(shares: Range | Choices, slot: int, slots: int, seed: int) -> float:
+    """A share of the budget from the part of a range that is a slot's: dense near the upper end."""
+    if isinstance(shares, Choices) or shares.low == shares.high:
+        return float(shares.values[0] if isinstance(shares, Choices) else shares.low)
+    place = (slot % slots - 0.5 + random.Random(seed).random()) / max(slots - 1, 1)
+    return shares.high - (shares.high - shares.low) * min(max(place, 0.0), 1.0) ** 2
 
 
 def _sampler(name: str, space: Space, seed: int) -> BaseSampler:
@@ -373,4 +422,5 @@ def _population(space: Space) -> int:
     return max(space.generation, 2)  # it takes two to breed
 
 
-STARTUP = 12  # trials at random before a model of the space is trusted
+STARTUP = 8  # trials at random before a model of the space is trusted
+COST_APART = 0.01  # of the largest cost: two that differ by less tell nothing of what cost is worth

@@ -113,7 +113,8 @@ def test_a_fault_costs_its_own_trial_at_most_and_is_kept_with_its_cause(
     assert small.front(search) == small.front(expected)
     assert len(search.records()) == 14
     times = counted(calls)
-    assert {faults[digest]: times[digest, small.IMAGES] for digest in faults} == often
+    tried = {digest: max(n for (d, _), n in times.items() if d == digest) for digest in faults}
+    assert {faults[digest]: count for digest, count in tried.items()} == often
 
 
 def test_an_evaluator_that_cannot_be_made_fails_each_trial_with_its_cause(

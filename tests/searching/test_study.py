@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dsm_tune.errors import StudyError
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Evaluation
 from dsm_tune.searching import study as studies
-from dsm_tune.searching.space import FORMAT
+from dsm_tune.searching.space import FORMAT, SAMPLERS
 from dsm_tune.searching.study import Mirror, Record, Study, derive_seed, study_names
 
 
@@ -154,7 +155,7 @@ def told(count: int, seed: int = 0) -> list[tuple[dict[str, Any], tuple[float, f
     return found
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_draw_depends_on_the_seed_and_on_what_was_told_only(sampler: str) -> None:
     space, some = small.space(TWO, sampler=sampler), told(18)
     mirror = Mirror(space, some)
@@ -188,7 +189,7 @@ def test_nsga2_breeds_from_the_best() -> None:
     assert spread < 0.6 * everyone
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+@pytest.mark.parametrize("sampler", ["tpe_equal_cost", "tpe", "gp"])
 def test_a_model_of_the_space_draws_closer_to_the_front_than_chance(sampler: str) -> None:
     space, some = small.space(TWO, sampler=sampler), told(60)
     mirror = Mirror(space, some)
@@ -203,3 +204,47 @@ def test_too_few_trials_to_learn_from_are_not_learnt_from() -> None:
     for sampler in ("tpe", "gp"):
         mirror = Mirror(small.space(TWO, sampler=sampler), few)
         assert mirror.draw(3) == mirror.draw(3, at_random=True)
+
+
+def test_at_equal_cost_each_slot_has_its_part_of_the_costs_most_near_the_budget() -> None:
+    space = small.space(TWO, sampler="tpe_equal_cost")
+    for some in (told(0), told(60)):
+        mirror = Mirror(space, some)
+        for seed in range(5):
+            shares = [mirror.draw(seed, slot=slot)["cost_share"] for slot in range(6)]
+            assert shares == sorted(shares, reverse=True)
+            assert 0.8 <= shares[-1] < 0.86
+            assert shares[0] > 0.997
+            assert sum(share > 0.95 for share in shares) >= 3
+
+
+def test_at_equal_cost_a_cheap_plan_is_not_good_for_being_cheap() -> None:
+    # The loss doubles with each 0.1 of cost saved; beside that, slope 0.5 is best. Cheapest of all
+    # is what is worst but for that.
+    dice, some = random.Random(0), []
+    for _ in range(60):
+        slope = dice.uniform(-1, 1)
+        cost = 0.7 + 0.15 * (slope + 1)
+        loss = (slope - 0.5) ** 2 - math.log(2) * (cost - 0.7) / 0.1
+        some.append(({"slope": slope, "bump": 0.0, "cost_share": 0.9}, (loss, cost)))
+    for other in told(20):
+        some.append((other[0], (3.0, 0.8)))
+    nearer = Mirror(small.space(TWO, sampler="tpe_equal_cost"), some)
+    off = [abs(nearer.draw(seed)["slope"] - 0.5) for seed in range(30)]
+    assert sum(off) / len(off) < 0.35
+
+
+@given(
+    st.lists(st.floats(-5, 1), min_size=8, max_size=30),
+    st.floats(-40, -0.1),
+    st.integers(0, 2**20),
+)
+def test_what_cost_explains_is_taken_off(losses: list[float], slope: float, seed: int) -> None:
+    costs = [0.6 + 0.4 * index / (len(losses) - 1) for index in range(len(losses))]
+    points = [(slope * cost, cost) for cost in costs]
+    points[seed % len(points)] = (5.0, 0.6)  # one hopeless plan does not change what cost is worth
+    flat = studies._at_equal_cost(points)
+    rest = [value for value, (loss, _) in zip(flat, points, strict=True) if loss != 5.0]
+    assert max(rest) - min(rest) < 1e-6 * abs(slope)
+    rising = list(zip(sorted(losses), costs, strict=True))
+    assert studies._at_equal_cost(rising) == [v for v, _ in rising]  # a cost is never rewarded

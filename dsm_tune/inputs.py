@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,8 @@ __all__ = [
     "judge",
     "load_inputs",
     "load_model",
-    "make_evaluate",
     "make_evaluators",
+    "try_plan",
 ]
 
 CURVE_IMAGES = 64  # of the search images, for the similarity curve
@@ -185,14 +185,12 @@ def judge(evaluators: list[Evaluator], plan: MergePlan, *, dense: np.ndarray[Any
     return evaluators[-1].evaluate(plan)
 
 
-def make_evaluate(payload: Payload) -> Callable[[MergePlan, int], Evaluation]:
-    """Return what evaluates a plan on the first images: for ``run_search``."""
-    evaluator = payload.evaluator()
-
-    def evaluate(plan: MergePlan, count: int) -> Evaluation:
-        quality = evaluator.evaluate(plan, count).summary()
-        return Evaluation(
-            quality.images, quality.divergence, quality.agreement, quality.top1, quality.top5
-        )
-
-    return evaluate
+def try_plan(
+    evaluators: list[Evaluator], plan: MergePlan, count: int, *, dense: np.ndarray[Any, Any]
+) -> Evaluation:
+    """Evaluate a plan on the first images of the first set: a trial."""
+    evaluators[0].know_dense(torch.tensor(dense))
+    quality = evaluators[0].evaluate(plan, count).summary()
+    return Evaluation(
+        quality.images, quality.divergence, quality.agreement, quality.top1, quality.top5
+    )

@@ -100,7 +100,8 @@ class TargetDevice:
 
     def _alone(self, cluster: Cluster, call: Callable[..., Any], *arguments: Any) -> Any:
         cpus = self.threads if cluster.address else min(self.threads, cluster.workers)
-        gpus = float(self.device.startswith("cuda"))
+        # On this machine the crew holds the GPUs, and rests while something is timed.
+        gpus = float(self.device.startswith("cuda") and cluster.address is not None)
         return engine.run_alone(call, *arguments, cpus=cpus, gpus=gpus)
 
 

@@ -24,8 +24,8 @@ from dsm_tune.inputs import (
     dense_batch,
     judge,
     load_inputs,
-    make_evaluate,
     make_evaluators,
+    try_plan,
 )
 from dsm_tune.measuring.quality import PerImage, bootstrap_interval
 from dsm_tune.plan import MergePlan
@@ -305,6 +305,11 @@ class _Tune:
         outputs = self.crew.map(dense_batch, [(which, batch) for batch in range(payload.batches)])
         return dataclasses.replace(payload, dense=np.concatenate(outputs))
 
+    def _make_room(self) -> None:
+        """Free the GPUs of a shared cluster: what is timed alone asks Ray for a whole one."""
+        if self.cluster.address and self.cluster.gpus_per_worker:
+            self.crew.rest()
+
     def _change_budget(self, study: Study, identity: dict[str, Any]) -> None:
         """Unprepare a study and let it go on under the budget of this configuration.
 
@@ -329,6 +334,7 @@ class _Tune:
         start = self.clock()  # once more, as the first time the processes had to start
         self.crew.map(dense_batch, [(SEARCH, batch) for batch in some])
         images = sum(search_set.size_of(batch) for batch in some)
+        self._make_room()
         return survey(
             self.config,
             inputs,
@@ -379,10 +385,11 @@ class _Tune:
             on_progress=on_progress,
         )
         end = None if self.config.timeout is None else self.clock() + self.config.timeout
+        assert payload.dense is not None  # `_dense_outputs` has set it
         engine.run_search(
             search,
-            partial(make_evaluate, payload),
-            self.cluster,
+            self.crew,
+            partial(try_plan, dense=payload.dense),
             deadline=lambda: end is not None and self.clock() > end,
         )
         if search.stopped:
@@ -409,6 +416,7 @@ class _Tune:
             device, timed = profile.device, predict_latency(profile, plans)
         else:
             self.listener.say("timing them alone, in turn with the dense model")
+            self._make_room()
             device, timed = self.target.confirm(inputs, plans, self.cluster)
         confirmed = {}  # only what was timed now: times of two runs do not compare
         for plan, found in zip(plans, timed, strict=True):

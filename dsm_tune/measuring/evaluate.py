@@ -14,7 +14,7 @@ from dsm_tune.plan import MergePlan
 
 __all__ = ["CACHE_BYTES", "Evaluator"]
 
-BATCH_SIZE = 25
+BATCH_SIZE = 16
 CACHE_BYTES = 2 << 30  # of activations kept per evaluator; what does not fit is computed again
 
 

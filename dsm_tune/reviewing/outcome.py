@@ -7,7 +7,6 @@ from typing import Any
 
 from dsm_tune.config import TuneConfig
 from dsm_tune.results import Trial, TuneResult
-from dsm_tune.reviewing import figures, interactive, report
 from dsm_tune.reviewing.queue import TrackingQueue
 from dsm_tune.reviewing.records import StudyLabels
 
@@ -39,6 +38,9 @@ def open_queue(
 
 def artifacts(result: TuneResult, trials: Sequence[Trial], command: str) -> dict[str, bytes | str]:
     """Return the study's artifacts by their fixed names."""
+    # What draws takes a second to import, and is not needed before the end.
+    from dsm_tune.reviewing import figures, interactive, report
+
     pictures = {
         "pareto.png": figures.pareto_png(result, trials),
         "similarity_curve.png": figures.similarity_curve_png(

@@ -16,6 +16,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -31,11 +32,11 @@ from ray.util import ActorPool
 from dsm_tune.errors import ConfigError
 from dsm_tune.results import Evaluation
 from dsm_tune.searching.search import Job, Search
-from dsm_tune.searching.worker import Evaluate, Worker
+from dsm_tune.searching.worker import Evaluate, Member, Worker
 
 __all__ = ["Cluster", "Crew", "connected", "run_alone", "run_search"]
 
-RERUNS = 2  # of a job whose worker died
+RERUNS = 2  # of a job whose process died
 WARM_UP_SECONDS = 30.0  # that the first worker waits for the last
 
 
@@ -127,6 +128,8 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
         self.search = search
         self.cluster = cluster
         self.jobs: dict[str, Job] = {}
+        self.members: dict[str, int] = {}  # of the crew, by what they do
+        self.idle = deque(range(cluster.workers))
         self.starts: dict[str, float] = {}
         self.deaths: dict[tuple[int, int], int] = {}
         self.false_starts = 0  # workers that died before their first job, in a row
@@ -151,7 +154,8 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
         if job is None:
             return Searcher.FINISHED if self.search.stopped else None
         self.jobs[trial_id] = job
-        return {"number": job.number, "plan": job.plan.to_json(), "images": job.images}
+        member = self.members[trial_id] = self.idle.popleft()
+        return {"member": member, "plan": job.plan.to_json(), "images": job.images}
 
     def are_warm(self) -> bool:
         """Whether all workers have started once, or the others have waited long enough."""
@@ -166,11 +170,12 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Report what a job gave; run it again if its worker died before its time was up."""
+        """Report what a job gave; run it again if its process died before its time was up."""
         job = self.jobs.pop(trial_id, None)
         start = self.starts.pop(trial_id, None)
         if job is None:
             return
+        self.idle.append(self.members.pop(trial_id))
         limit = self.cluster.trial_seconds
         try:
             if result and "evaluation" in result and not error:
@@ -179,7 +184,7 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
             elif start is None:
                 self._not_started(job)
             elif time.monotonic() - start >= limit:
-                # The worker's clock starts later than this one: it has ended itself.
+                # The member's clock starts later than this one: it has ended itself.
                 cause = f"TimeoutError: it took longer than {limit:g} s"
                 self.search.report(job, Evaluation(job.images, error=cause))
             else:
@@ -282,8 +287,8 @@ def _interrupts(search: Search) -> Iterator[None]:
 
 def run_search(
     search: Search,
-    make_evaluate: Callable[[], Evaluate],
-    cluster: Cluster,
+    crew: Crew,
+    evaluate: Evaluate,
     *,
     deadline: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -291,23 +296,23 @@ def run_search(
 
     Args:
         search: gives out jobs and takes results.
-        make_evaluate: called once in each worker; pickled by Ray.
-        cluster: where to run; a Ray session must be open (:func:`connected`).
+        crew: what its members have made is the first argument of ``evaluate``.
+        evaluate: called for each job; pickled by Ray.
         deadline: whether the time is up; asked whenever a job ends.
     """
     if search.finished:
         return
-
+    cluster = crew.cluster
     trainable = tune.with_parameters(
-        Worker, shared=[ray.put(make_evaluate)], trial_seconds=cluster.trial_seconds
+        Worker,
+        members=crew.members(),
+        shared=(crew.make, [ray.put(evaluate)]),
+        trial_seconds=cluster.trial_seconds,
     )
-    resources: dict[str, float] = {"cpu": 1}
-    if cluster.gpus_per_worker:
-        resources["gpu"] = cluster.gpus_per_worker
     with tempfile.TemporaryDirectory(prefix="dsm-tune-") as folder, _interrupts(search):
         jobs = Jobs(search, cluster)
         tuner = tune.Tuner(
-            tune.with_resources(trainable, resources),
+            tune.with_resources(trainable, {"cpu": 1}),
             tune_config=tune.TuneConfig(
                 search_alg=jobs,
                 scheduler=_KeepWorkers(jobs),
@@ -341,7 +346,7 @@ def run_alone(function: Callable[..., Any], *arguments: Any, cpus: int, gpus: fl
 
 
 class Crew:
-    """Processes that keep what they have made between calls.
+    """Processes that keep what they have made between calls, in trials and beside them.
 
     Args:
         make: called once in each process; pickled by Ray.
@@ -349,19 +354,32 @@ class Crew:
     """
 
     def __init__(self, make: Callable[[], Any], cluster: Cluster) -> None:
-        # No CPU is reserved: between calls these processes wait while trials run.
-        member = ray.remote(num_cpus=0, num_gpus=cluster.gpus_per_worker / 2)(_Member)
-        shared = ray.put(make)
-        self._pool = ActorPool([member.remote(shared) for _ in range(cluster.workers)])
+        self.cluster = cluster
+        self.make = [ray.put(make)]  # a list, which Ray does not unpack
+        self._members: list[Any] = []
+
+    def members(self) -> list[Any]:
+        """Handles of the processes; they are started at the first call."""
+        if not self._members:
+            # No CPU is reserved: Ray Tune's workers reserve them, and wait meanwhile.
+            member = ray.remote(
+                num_cpus=0,
+                num_gpus=self.cluster.gpus_per_worker,
+                max_restarts=-1,
+                scheduling_strategy="SPREAD",
+            )(Member)
+            self._members = [member.remote() for _ in range(self.cluster.workers)]
+        return self._members
 
     def map(self, function: Callable[[Any, Any], Any], items: Sequence[Any]) -> list[Any]:
         """Call ``function(made, item)`` for each item; results in order."""
-        return list(self._pool.map(lambda actor, item: actor.call.remote(function, item), items))
+        pool = ActorPool(self.members())
+        return list(
+            pool.map(lambda actor, item: actor.call.remote(self.make, function, item), items)
+        )
 
-
-class _Member:
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self.made = make()
-
-    def call(self, function: Callable[[Any, Any], Any], item: Any) -> Any:
-        return function(self.made, item)
+    def rest(self) -> None:
+        """End the processes, and with them their hold on GPUs; the next call starts them anew."""
+        for member in self._members:
+            ray.kill(member)
+        self._members = []

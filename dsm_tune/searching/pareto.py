@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 __all__ = ["hypervolume", "non_dominated", "ranks"]
 
@@ -34,7 +34,7 @@ def ranks(points: Sequence[Point]) -> list[int]:
     return result
 
 
-def hypervolume(points: Sequence[Point], reference: Point) -> float:
+def hypervolume(points: Iterable[Point], reference: Point) -> float:
     """Return the area that the points dominate within the reference point; 0 without points."""
     inside = [p for p in points if p[0] < reference[0] and p[1] < reference[1]]
     area, ceiling = 0.0, reference[1]

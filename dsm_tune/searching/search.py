@@ -384,15 +384,30 @@ class Search:
         return bool(missing)
 
     def _promoted(self, members: list[Record], few: int) -> list[Record]:
-        """The trials that go on to all images: best non-domination ranks, then least divergence."""
+        """The trials that go on to all images: best non-domination ranks first.
+
+        Of one rank, in turn, the one that adds most to the hypervolume of the front and of those
+        that were chosen before it: so the front grows over its whole length.
+        """
         able = [r for r in members if not r.evaluations[few].error]
         points = []
         for record in able:
             divergence = record.evaluations[few].divergence
             points.append((self._cost(record), math.inf if divergence is None else divergence))
-        order = sorted(range(len(able)), key=lambda i: (ranks(points)[i], points[i][1], i))
-        keep = math.ceil(len(members) * self.planner.space.fidelity.keep_share)
-        return [able[i] for i in sorted(order[:keep])]
+        rank = ranks(points)
+        reference = self._reference_point()
+        gained = [self.objectives(record) for record in self.front()]
+        chosen: list[int] = []
+        left = list(range(len(able)))
+        for _ in range(
+            min(math.ceil(len(members) * self.planner.space.fidelity.keep_share), len(able))
+        ):
+            volumes = {i: hypervolume([*gained, points[i]], reference) for i in left}
+            best = min(left, key=lambda i: (rank[i], -volumes[i], points[i][1], i))
+            left.remove(best)
+            chosen.append(best)
+            gained.append(points[best])
+        return [able[i] for i in sorted(chosen)]
 
     def _close(self, members: list[Record]) -> None:
         for record in sorted(members, key=lambda r: r.number):
@@ -426,15 +441,18 @@ class Search:
 
         Relative to that rectangle: 1 would be a free plan without any divergence.
         """
-        known = {r.label: r for r in self._records.values() if r.label and r.state == "complete"}
-        worst = max(
-            (self.objectives(known[k])[1] for k in ("tome", "dsm") if k in known), default=0.0
-        )
+        reference = self._reference_point()
+        area = reference[0] * reference[1]
+        return hypervolume(map(self.objectives, self.front()), reference) / area if area else 0.0
+
+    def _reference_point(self) -> tuple[float, float]:
+        """Cost of dense and twice the worse loss of ToMe and DSM; (0, 0) while they are unknown."""
+        known = {r.label: r for r in self.records() if self.images in r.evaluations}
+        losses = [self.objectives(known[k])[1] for k in ("tome", "dsm") if k in known]
+        worst = max((loss for loss in losses if math.isfinite(loss)), default=0.0)
         if "dense" not in known or not worst:
-            return 0.0
-        reference = self._cost(known["dense"]), 2 * worst
-        points = [self.objectives(r) for r in self.front()]
-        return hypervolume(points, reference) / (reference[0] * reference[1])
+            return 0.0, 0.0
+        return self._cost(known["dense"]), 2 * worst
 
 
 def _log(divergence: float) -> float:

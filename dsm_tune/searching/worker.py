@@ -1,11 +1,11 @@
-"""A warm Ray Tune process that evaluates one plan after the other.
+"""The processes of a search: members of a crew do the work, Ray Tune's workers hand it to them.
 
-Apart from the engine, so that a worker imports neither Optuna nor a database.
+Apart from the engine, so that neither imports Optuna or a database; a worker does not even import
+what the work needs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import faulthandler
 import json
@@ -15,32 +15,88 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayActorError
 
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Evaluation
 
-__all__ = ["Evaluate", "Worker"]
+__all__ = ["Evaluate", "Member", "Worker"]
 
-Evaluate = Callable[[MergePlan, int], Evaluation]
+Evaluate = Callable[[Any, MergePlan, int], Evaluation]
+
+
+class Member:
+    """Keeps what it has made between calls; Ray starts it anew if its process dies.
+
+    What it is to make comes with each call, as a reference in a list, which Ray does not unpack:
+    it is called once, by the first.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[Any] = []
+
+    def call(self, make: list[Any], function: Callable[[Any, Any], Any], item: Any) -> Any:
+        """Call ``function(made, item)``."""
+        return function(self._get_made(make), item)
+
+    def evaluate(
+        self, make: list[Any], evaluate: list[Any], job: dict[str, Any], trial_seconds: float
+    ) -> str:
+        """Evaluate one plan; its own errors are a result too.
+
+        Args:
+            make: reference to what makes the first argument of ``evaluate``.
+            evaluate: reference to an :data:`Evaluate`.
+            job: ``plan`` as JSON, and how many ``images``.
+            trial_seconds: limit; a process that exceeds it is ended.
+
+        Returns:
+            The fields of an :class:`Evaluation` as JSON.
+        """
+        # A forward that hangs cannot be interrupted from Python and may hold the interpreter's
+        # lock: a thread in C writes the traceback to the worker's log and ends the process.
+        faulthandler.dump_traceback_later(trial_seconds, exit=True, file=2)
+        images, start = job["images"], time.monotonic()
+        try:
+            made, function = self._get_made(make), ray.get(evaluate[0])
+            start = time.monotonic()
+            evaluation = function(made, MergePlan.from_json(job["plan"]), images)
+        except Exception as error:  # a trial's own failure must not end the search
+            line = (str(error).strip().splitlines() or [""])[0][:300]
+            evaluation = Evaluation(images, error=f"{type(error).__name__}: {line}")
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        timed = dataclasses.replace(evaluation, seconds=time.monotonic() - start)
+        return json.dumps(dataclasses.asdict(timed))
+
+    def _get_made(self, make: list[Any]) -> Any:
+        if not self._made:
+            self._made.append(ray.get(make[0])())
+        return self._made[0]
 
 
 class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
-    """A warm process that evaluates one plan after the other."""
+    """Hands one job after the other to the member of the crew that it names."""
 
     def setup(
-        self, config: dict[str, Any], shared: Any = None, trial_seconds: float = 600.0
+        self,
+        config: dict[str, Any],
+        members: Any = None,
+        shared: Any = None,
+        trial_seconds: float = 600.0,
     ) -> None:
-        """Take the first job; the evaluator is made with it, so that a failure is a result too.
+        """Take the first job.
 
         Args:
             config: the job.
-            shared: reference to what makes the evaluator, in a list, which Ray does not unpack.
+            members: handles of the crew.
+            shared: what each of them is to make, and the :data:`Evaluate`, as references in lists.
             trial_seconds: limit of one evaluation.
         """
         self.job = config
+        self.members: list[Any] = members
+        self.shared: tuple[list[Any], list[Any]] = shared
         self.trial_seconds = trial_seconds
-        self.shared: list[Any] = shared
-        self.evaluate: Evaluate | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next job without a new process."""
@@ -48,37 +104,16 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
         return True
 
     def step(self) -> dict[str, Any]:
-        """Evaluate one plan; its own errors are a result. Without a plan, get ready for one."""
-        # A forward that hangs cannot be interrupted from Python and may hold the interpreter's
-        # lock: a thread in C writes the traceback to the worker's log and ends the process.
-        faulthandler.dump_traceback_later(self.trial_seconds, exit=True, file=2)
+        """Have one plan evaluated; without a plan, wait until all workers are there."""
+        if "plan" not in self.job:
+            time.sleep(0.05)
+            return {"done": False}
+        member = self.members[self.job["member"]]
         try:
-            return self._evaluate() if "plan" in self.job else self._warm_up()
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-
-    def _evaluate(self) -> dict[str, Any]:
-        images, start = self.job["images"], time.monotonic()
-        try:
-            evaluate = self._evaluator()
-            start = time.monotonic()
-            evaluation = evaluate(MergePlan.from_json(self.job["plan"]), images)
-        except Exception as error:  # a trial's own failure must not end the search
-            line = (str(error).strip().splitlines() or [""])[0][:300]
-            evaluation = Evaluation(images, error=f"{type(error).__name__}: {line}")
-        timed = dataclasses.replace(evaluation, seconds=time.monotonic() - start)
-        return {"evaluation": json.dumps(dataclasses.asdict(timed)), "done": True}
-
-    def _warm_up(self) -> dict[str, Any]:
-        with contextlib.suppress(Exception):  # the first plan will say so
-            self._evaluator()
-        time.sleep(0.05)  # asked again until all workers are there
-        return {"done": False}
-
-    def _evaluator(self) -> Evaluate:
-        if self.evaluate is None:
-            self.evaluate = ray.get(self.shared[0])()
-        return self.evaluate
+            found = ray.get(member.evaluate.remote(*self.shared, self.job, self.trial_seconds))
+        except RayActorError:
+            return {"died": True, "done": True}
+        return {"evaluation": found, "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing to save."""

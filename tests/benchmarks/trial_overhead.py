@@ -34,14 +34,10 @@ BAR_SECONDS = 0.25
 DEIT_TINY = Geometry((14, 14), 1, 12, 192, 3, 768, 16, 1000, "token")
 
 
-def make_evaluate() -> Callable[[MergePlan, int], Evaluation]:
-    """An evaluation that returns at once; the process that made it stands in ``top1``."""
-
-    def evaluate(plan: MergePlan, images: int) -> Evaluation:
-        divergence = 0.1 + int(plan.digest, 16) % 1000 / 1e4
-        return Evaluation(images, divergence, 1 - divergence, top1=float(os.getpid()))
-
-    return evaluate
+def evaluate(process: int, plan: MergePlan, images: int) -> Evaluation:
+    """Returns at once; the process that it ran in stands in ``top1``."""
+    divergence = 0.1 + int(plan.digest, 16) % 1000 / 1e4
+    return Evaluation(images, divergence, 1 - divergence, top1=float(process))
 
 
 def make_search(
@@ -108,7 +104,7 @@ def main() -> int:
         if options.profile:
             profiler.enable()
         search = make_search(folder, options.trials, options.sampler, on_progress)
-        engine.run_search(search, make_evaluate, cluster)
+        engine.run_search(search, engine.Crew(os.getpid, cluster), evaluate)
         ran = time.perf_counter()
         profiler.disable()
         queue.drain(timeout=60)

@@ -57,3 +57,8 @@ def make(folder: Path, faults: dict[str, str], seconds: float = 0.0) -> Evaluate
 def make_nothing() -> Evaluate:
     """An evaluator that cannot be made."""
     raise OSError("no such model here")
+
+
+def ask(evaluate: Evaluate, plan: MergePlan, images: int) -> Evaluation:
+    """What the members of these crews have made is a function."""
+    return evaluate(plan, images)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import small_search as small
-from evaluations import make, make_nothing
+from evaluations import ask, make, make_nothing
 
 from dsm_tune.errors import ConfigError
 from dsm_tune.plan import MergePlan
@@ -39,6 +39,10 @@ def calls(tmp_path: Path) -> Path:
     return folder
 
 
+def run(search: Search, made: Any, cluster: Cluster, **options: Any) -> None:
+    run_search(search, Crew(made, cluster), ask, **options)
+
+
 def in_process(tmp_path: Path, evaluate: small.Evaluate = small.evaluate) -> Search:
     return small.drive(small.open_search(f"sqlite:///{tmp_path}/in_process.db"), evaluate)
 
@@ -62,7 +66,7 @@ def test_the_trials_are_those_of_one_process_on_workers_that_stay_warm(
 ) -> None:
     search = small.open_search(url)
     here = dataclasses.replace(cluster, workers=workers)
-    run_search(search, partial(make, calls, {}, 0.02), here)
+    run(search, partial(make, calls, {}, 0.02), here)
     expected = in_process(tmp_path)
     assert small.story(search) == small.story(expected)
     assert small.front(search) == small.front(expected)
@@ -102,7 +106,7 @@ def test_a_fault_costs_its_own_trial_at_most_and_is_kept_with_its_cause(
     search = small.open_search(url)
     digests = [r.plan.digest for r in search.records()][1:]  # dense itself is well
     faults = dict(zip(digests, often, strict=False))
-    run_search(search, partial(make, calls, faults), dataclasses.replace(cluster, trial_seconds=2))
+    run(search, partial(make, calls, faults), dataclasses.replace(cluster, trial_seconds=2))
 
     def evaluate(plan: MergePlan, images: int) -> Evaluation:
         cause = CAUSES.get(faults.get(plan.digest, ""))
@@ -121,7 +125,7 @@ def test_an_evaluator_that_cannot_be_made_fails_each_trial_with_its_cause(
     cluster: Cluster, url: str
 ) -> None:
     search = small.open_search(url, trials=5)
-    run_search(search, make_nothing, cluster)
+    run(search, make_nothing, cluster)
     assert {(r.state, r.why) for r in search.records()} == {
         ("failed", "OSError: no such model here")
     }
@@ -132,7 +136,7 @@ def test_a_deadline_ends_early_and_keeps_what_was_done(
 ) -> None:
     search = small.open_search(url)
     ended = lambda: len(list(calls.iterdir())) >= 8  # noqa: E731
-    run_search(search, partial(make, calls, {}, 0.05), cluster, deadline=ended)
+    run(search, partial(make, calls, {}, 0.05), cluster, deadline=ended)
     assert search.stopped == "time limit reached"
     assert search.finished
     done = sum(len(r.evaluations) for r in search.records())
@@ -144,7 +148,7 @@ def test_a_deadline_ends_early_and_keeps_what_was_done(
 
 def test_a_finished_search_starts_nothing(cluster: Cluster, url: str, calls: Path) -> None:
     search = small.drive(small.open_search(url))
-    run_search(search, partial(make, calls, {}), cluster)
+    run(search, partial(make, calls, {}), cluster)
     assert list(calls.iterdir()) == []
 
 
@@ -176,7 +180,7 @@ def test_an_error_of_the_search_itself_is_raised(
     with monkeypatch.context() as patch:
         patch.setattr(Study, where, failing)
         with pytest.raises(OSError, match="disk full"):
-            run_search(search, partial(make, calls, {}), cluster)
+            run(search, partial(make, calls, {}), cluster)
     resumed = small.drive(small.open_search(url))
     assert small.story(resumed) == small.story(in_process(tmp_path))
 
@@ -196,11 +200,11 @@ def test_ctrl_c_once_ends_after_what_runs_and_twice_at_once(
     before = signal.getsignal(signal.SIGINT)
     search = small.open_search(url, on_progress=interrupt)
     if times == 1:
-        run_search(search, partial(make, calls, {}), cluster)
+        run(search, partial(make, calls, {}), cluster)
         assert search.stopped == "interrupted"
     else:
         with pytest.raises(KeyboardInterrupt) as caught:
-            run_search(search, partial(make, calls, {}), cluster)
+            run(search, partial(make, calls, {}), cluster)
         del caught
         gc.collect()  # with the traceback go the last references to the workers
     assert signal.getsignal(signal.SIGINT) == before
@@ -211,7 +215,7 @@ def test_ctrl_c_once_ends_after_what_runs_and_twice_at_once(
 @pytest.mark.slow
 def test_a_search_runs_outside_the_main_thread_too(cluster: Cluster, url: str, calls: Path) -> None:
     search = small.open_search(url, trials=3)
-    thread = threading.Thread(target=run_search, args=(search, partial(make, calls, {}), cluster))
+    thread = threading.Thread(target=run, args=(search, partial(make, calls, {}), cluster))
     thread.start()
     thread.join(60)
     assert {r.state for r in search.records()} == {"complete"}
@@ -222,8 +226,8 @@ def process_and_sum(*numbers: int) -> tuple[int, int]:
 
 
 def test_what_runs_alone_runs_in_a_fresh_process(cluster: Cluster) -> None:
-    run = partial(run_alone, process_and_sum, cpus=2)
-    (one, total), (other, _) = run(1, 2), run(3)
+    alone = partial(run_alone, process_and_sum, cpus=2)
+    (one, total), (other, _) = alone(1, 2), alone(3)
     assert total == 3
     assert len({one, other, os.getpid()}) == 3
 
@@ -240,6 +244,9 @@ def test_a_crew_keeps_what_it_has_made_gives_results_in_order_and_raises_errors(
     assert len({made for made, _, _ in first}) <= 2
     with pytest.raises(ZeroDivisionError):
         crew.map(lambda made, item: 1 / item, [1, 0])
+    crew.rest()
+    anew = crew.map(lambda made, item: made, range(8))
+    assert not set(anew) & {made for made, _, _ in first}
 
 
 def test_a_session_that_is_open_already_is_used_and_left_open(cluster: Cluster) -> None:
@@ -260,7 +267,7 @@ def test_workers_that_cannot_start_end_the_search_with_an_error(
 
     monkeypatch.setattr(engine, "Worker", Unable)
     with pytest.raises(ConfigError, match="5 workers in a row have died before their first trial"):
-        run_search(small.open_search(url), partial(make, calls, {}), cluster)
+        run(small.open_search(url), partial(make, calls, {}), cluster)
     resumed = small.drive(small.open_search(url))
     assert small.story(resumed) == small.story(in_process(tmp_path))
 

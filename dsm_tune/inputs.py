@@ -17,6 +17,7 @@ from dsm_tune.errors import ConfigError
 from dsm_tune.measuring import images as folders
 from dsm_tune.measuring.evaluate import BATCH_SIZE, Evaluator
 from dsm_tune.measuring.images import ImageSet
+from dsm_tune.measuring.memory import keep_freed_memory
 from dsm_tune.measuring.quality import PerImage
 from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.merging.loading import create_model
@@ -102,6 +103,7 @@ class Payload:
         """Unpack, in a worker: on one thread, so that its bits are the same anywhere."""
         if self.device == "cpu":
             torch.set_num_threads(1)
+            keep_freed_memory()
         model = self.model.to(self.device, getattr(torch, self.dtype))
         dense = None if self.dense is None else torch.tensor(self.dense)
         return Evaluator(model, torch.tensor(self.pixels), torch.tensor(self.labels), dense=dense)

@@ -23,8 +23,8 @@ from dsm_tune.profile import DeviceProfile
 from dsm_tune.reviewing.summary import cost_words
 from dsm_tune.searching.budget import Limit, Limits
 from dsm_tune.searching.engine import Cluster
-from dsm_tune.searching.search import Planner
-from dsm_tune.searching.space import Choices, Space
+from dsm_tune.searching.search import REFERENCES, Planner
+from dsm_tune.searching.space import Choices, Fidelity, Space
 from dsm_tune.target import TargetDevice
 
 __all__ = ["MOST_CONFIRMED", "Survey", "make_planner", "survey"]
@@ -129,9 +129,8 @@ def survey(
     planner = make_planner(config, inputs, space, delay, limits, profile)
     fastest = planner.fastest()
     reachable = planner.cost_of(fastest)
-    known = planner.known()
     timing_seconds = target.confirm_seconds(geometry)
-    seconds = _seconds(config, inputs, planner, len(known), image_seconds, timing_seconds)
+    seconds = _seconds(config, inputs, planner.space.fidelity, image_seconds, timing_seconds)
     facts = {
         "images": {
             "search": len(inputs.search),
@@ -153,7 +152,7 @@ def survey(
         "fastest": fastest.to_json(),
         "satisfiable": limits.excess(reachable) <= 0,
         "estimated_seconds": seconds,
-        "references": {k: p.to_json() for k, p in known.items()},
+        "references": {k: p.to_json() for k, p in planner.known().items()},
         "limits": dataclasses.asdict(limits),
     }
     say(
@@ -212,16 +211,16 @@ def _measure_profile(
 def _seconds(
     config: TuneConfig,
     inputs: Inputs,
-    planner: Planner,
-    known: int,
+    fidelity: Fidelity,
     image_seconds: float,
     timing_seconds: float,
 ) -> float:
     """Estimate of the search and the confirmation, by the images that go through plans."""
-    fidelity = planner.space.fidelity
-    first = min(known, config.trials)  # evaluated on all images, unlike those that are drawn
-    drawn_share = fidelity.image_share + fidelity.keep_share * (1 - fidelity.image_share)
-    evaluated = first + (config.trials - first) * drawn_share
+    references = min(2, config.trials)  # ToMe and DSM; the outputs of dense are known
+    climbing = max(config.trials - len(REFERENCES), 0)
+    thinned = fidelity.image_share < 1 and fidelity.keep_share < 1
+    share = fidelity.image_share + fidelity.keep_share if thinned else 1.0
+    evaluated = references + climbing * share
     images = evaluated * len(inputs.search) + (1 + MOST_CONFIRMED) * len(inputs.holdout)
     overhead = START_SECONDS + config.trials * TRIAL_SECONDS + timing_seconds
     return images * image_seconds + overhead  # as if merged models ran no faster than dense

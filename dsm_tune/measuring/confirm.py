@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.measuring.latency import Timing, summarise
+from dsm_tune.measuring.memory import keep_freed_memory
 from dsm_tune.measuring.profiling import describe_device, measure_profile, time_plans
 from dsm_tune.measuring.quality import bootstrap_interval
 from dsm_tune.plan import Matching, MergePlan
@@ -37,8 +38,9 @@ class Target:
     threads: int
 
     def ready(self) -> tuple[nn.Module, Tensor]:
-        """Put model and batch where they are timed."""
+        """Put model and batch where they are timed, in the process that times them."""
         torch.set_num_threads(self.threads)
+        keep_freed_memory()
         dtype = getattr(torch, self.dtype)
         model = self.model.to(self.device, dtype).eval()
         return model, self.pixels.to(self.device, dtype)

@@ -176,7 +176,12 @@ def _time_calls(
     seconds: float,
     clock: Callable[[], float],
 ) -> dict[tuple[str, int], float]:
-    """Median milliseconds of each call, all calls in turn, round after round."""
+    """Median milliseconds of each call, all calls in turn, round after round.
+
+    The first whole plan of a round finds memory as the parts have left it, and took up to 12 %
+    more than alone: it is run once more before.
+    """
+    first_whole = next((key for key in calls if key[0] == WHOLE), None)
 
     def often(call: Call) -> None:
         for _ in range(repeats):
@@ -187,6 +192,8 @@ def _time_calls(
     start = clock()
     while clock() - start < seconds or len(next(iter(samples.values()))) < 5:
         for key, timing in timings.items():
+            if key == first_whole:
+                calls[key]()
             samples[key].append(timing() / repeats)
     return {key: statistics.median(values) for key, values in samples.items()}
 

@@ -28,7 +28,7 @@ from dsm_tune.searching.pareto import hypervolume, non_dominated, ranks
 from dsm_tune.searching.space import Space, build
 from dsm_tune.searching.study import Mirror, Record, Study, derive_seed
 
-__all__ = ["Job", "Planner", "Progress", "Search"]
+__all__ = ["REFERENCES", "Job", "Planner", "Progress", "Search"]
 
 REFERENCES = ("dense", "tome", "dsm")  # known plans that all others are compared with
 ATTEMPTS, RANDOM_AFTER = 48, 16  # draws per slot; from RANDOM_AFTER on, uniformly at random

@@ -18,6 +18,7 @@ import torch
 from subject import config, parser
 
 from dsm_tune.inputs import load_inputs
+from dsm_tune.measuring.memory import keep_freed_memory
 from dsm_tune.measuring.profiling import measure_profile, time_plans
 from dsm_tune.plan import FEATURES, Geometry, Matching, MergePlan
 from dsm_tune.searching.budget import Cost, Limits, fit
@@ -48,6 +49,7 @@ def main() -> int:
     options.add_argument("--threads", type=int, default=os.cpu_count())
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
+    keep_freed_memory()
     inputs = load_inputs(config(chosen, budget_gflops="60%"))
     pixels = inputs.search.pixels[torch.arange(chosen.batch_size) % len(inputs.search)]
     plans = draw_plans(inputs.geometry, chosen.plans, chosen.seed)

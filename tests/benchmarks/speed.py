@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dsm_tune import schedules
 from dsm_tune.measuring.latency import forward_of, timer_for, when_warm
+from dsm_tune.measuring.memory import keep_freed_memory
 from dsm_tune.merging import backbone
 from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.merging.merged import merged_view
@@ -201,6 +202,7 @@ def main() -> int:
     options.add_argument("--threads", type=int, default=os.cpu_count())
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
+    keep_freed_memory()
     torch.manual_seed(0)
     model = timm.create_model(chosen.model).eval()
     model = model.to(chosen.device, getattr(torch, chosen.dtype))

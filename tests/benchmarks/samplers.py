@@ -14,11 +14,13 @@ import math
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from sklearn.model_selection import cross_val_score
@@ -127,6 +129,7 @@ def main() -> None:
     kernel = ConstantKernel() * RBF(np.ones(rows.shape[1])) + WhiteKernel(0.05)
     process = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
     surrogate = make_pipeline(StandardScaler(), process)
+    warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound is no harm
     fit = cross_val_score(surrogate, rows, logs, cv=5).mean()
     surrogate.fit(rows, logs)
     print(f"{len(logs)} recorded plans, cross-validated R² of the stand-in {fit:.2f}")

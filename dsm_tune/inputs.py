@@ -27,6 +27,7 @@ from dsm_tune.results import Evaluation
 __all__ = [
     "CURVE_IMAGES",
     "Inputs",
+    "Outputs",
     "Payload",
     "dense_batch",
     "judge",
@@ -35,6 +36,8 @@ __all__ = [
     "make_evaluators",
     "try_plan",
 ]
+
+Outputs = np.ndarray[Any, Any]  # [N, K] float32, of the dense model
 
 CURVE_IMAGES = 64  # of the search images, for the similarity curve
 MOST_IMAGES = 1024  # of a larger folder, a random sample of this many is used
@@ -75,7 +78,6 @@ class Payload:
         pixels: [N, 3, H, W] float32.
         labels: [N] int64.
         device, dtype: where and how it is evaluated.
-        dense: [N, K] float32 outputs of the dense model, once they are known.
     """
 
     model: nn.Module
@@ -83,7 +85,6 @@ class Payload:
     labels: np.ndarray[Any, Any]
     device: str
     dtype: str
-    dense: np.ndarray[Any, Any] | None = None
 
     @classmethod
     def of(cls, model: nn.Module, images: ImageSet, device: str, dtype: str) -> Payload:
@@ -105,8 +106,7 @@ class Payload:
             torch.set_num_threads(1)
             keep_freed_memory()
         model = self.model.to(self.device, getattr(torch, self.dtype))
-        dense = None if self.dense is None else torch.tensor(self.dense)
-        return Evaluator(model, torch.tensor(self.pixels), torch.tensor(self.labels), dense=dense)
+        return Evaluator(model, torch.tensor(self.pixels), torch.tensor(self.labels))
 
 
 def load_model(config: TuneConfig) -> nn.Module:
@@ -175,24 +175,29 @@ def make_evaluators(payloads: Sequence[Payload]) -> list[Evaluator]:
     return [payload.evaluator() for payload in payloads]
 
 
-def dense_batch(evaluators: list[Evaluator], where: tuple[int, int]) -> np.ndarray[Any, Any]:
+def dense_batch(evaluators: list[Evaluator], where: tuple[int, int]) -> Outputs:
     """Outputs of the dense model for one (set, batch)."""
     outputs: Tensor = evaluators[where[0]].dense_batch(where[1])
     return outputs.float().numpy()
 
 
-def judge(evaluators: list[Evaluator], plan: MergePlan, *, dense: np.ndarray[Any, Any]) -> PerImage:
+def judge(evaluators: list[Evaluator], plan: MergePlan, *, dense: Outputs) -> PerImage:
     """Compare a plan with dense on all images of the last set."""
-    evaluators[-1].know_dense(torch.tensor(dense))
-    return evaluators[-1].evaluate(plan)
+    return _compare(evaluators[-1], plan, dense)
 
 
 def try_plan(
-    evaluators: list[Evaluator], plan: MergePlan, count: int, *, dense: np.ndarray[Any, Any]
+    evaluators: list[Evaluator], plan: MergePlan, count: int, *, dense: Outputs
 ) -> Evaluation:
     """Evaluate a plan on the first images of the first set: a trial."""
-    evaluators[0].know_dense(torch.tensor(dense))
-    quality = evaluators[0].evaluate(plan, count).summary()
+    quality = _compare(evaluators[0], plan, dense, count).summary()
     return Evaluation(
         quality.images, quality.divergence, quality.agreement, quality.top1, quality.top5
     )
+
+
+def _compare(
+    evaluator: Evaluator, plan: MergePlan, dense: Outputs, count: int | None = None
+) -> PerImage:
+    evaluator.know_dense(torch.tensor(dense))
+    return evaluator.evaluate(plan, count)

@@ -9,7 +9,17 @@ from typing import Any
 
 from dsm_tune.plan import MergePlan
 
-__all__ = ["BudgetReport", "Evaluation", "LatencyMs", "Result", "Trial", "TuneResult"]
+__all__ = [
+    "REFERENCES",
+    "BudgetReport",
+    "Evaluation",
+    "LatencyMs",
+    "Result",
+    "Trial",
+    "TuneResult",
+]
+
+REFERENCES = ("dense", "tome", "dsm")  # known plans that all others are compared with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +197,7 @@ class TuneResult:
         """Return the ``--json`` document."""
         body = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         body["budget"] = dataclasses.asdict(self.budget)
-        for name in ("dense", "tome", "dsm"):
+        for name in REFERENCES:
             body[name] = body[name].to_dict()
         body["front"] = [result.to_dict() for result in self.front]
         body["chosen"] = None if self.chosen is None else self.chosen.to_dict()
@@ -198,7 +208,7 @@ class TuneResult:
         """Read what :meth:`to_dict` wrote."""
         parts = dict(body)
         parts["budget"] = BudgetReport(**body["budget"])
-        for name in ("dense", "tome", "dsm"):
+        for name in REFERENCES:
             parts[name] = Result.from_dict(body[name])
         parts["front"] = [Result.from_dict(result) for result in body["front"]]
         parts["chosen"] = None if body["chosen"] is None else Result.from_dict(body["chosen"])

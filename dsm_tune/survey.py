@@ -20,10 +20,11 @@ from dsm_tune.merging.similarity import (
 )
 from dsm_tune.plan import MergePlan
 from dsm_tune.profile import DeviceProfile
+from dsm_tune.results import REFERENCES
 from dsm_tune.reviewing.summary import cost_words
 from dsm_tune.searching.budget import Limit, Limits
 from dsm_tune.searching.engine import Cluster
-from dsm_tune.searching.search import REFERENCES, Planner
+from dsm_tune.searching.search import Planner
 from dsm_tune.searching.space import Choices, Fidelity, Space
 from dsm_tune.target import TargetDevice
 
@@ -216,11 +217,9 @@ def _seconds(
     timing_seconds: float,
 ) -> float:
     """Estimate of the search and the confirmation, by the images that go through plans."""
-    references = min(2, config.trials)  # ToMe and DSM; the outputs of dense are known
+    share = fidelity.image_share + fidelity.keep_share if fidelity.thins_out else 1.0
     climbing = max(config.trials - len(REFERENCES), 0)
-    thinned = fidelity.image_share < 1 and fidelity.keep_share < 1
-    share = fidelity.image_share + fidelity.keep_share if thinned else 1.0
-    evaluated = references + climbing * share
+    evaluated = len(REFERENCES) - 1 + climbing * share  # the outputs of dense are known
     images = evaluated * len(inputs.search) + (1 + MOST_CONFIRMED) * len(inputs.holdout)
     overhead = START_SECONDS + config.trials * TRIAL_SECONDS + timing_seconds
     return images * image_seconds + overhead  # as if merged models ran no faster than dense

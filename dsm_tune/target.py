@@ -100,7 +100,7 @@ class TargetDevice:
 
     def _alone(self, cluster: Cluster, call: Callable[..., Any], *arguments: Any) -> Any:
         cpus = self.threads if cluster.address else min(self.threads, cluster.workers)
-        # On this machine the crew holds the GPUs, and rests while something is timed.
+        # On this machine the crew holds the GPUs, and waits while something is timed.
         gpus = float(self.device.startswith("cuda") and cluster.address is not None)
         return engine.run_alone(call, *arguments, cpus=cpus, gpus=gpus)
 

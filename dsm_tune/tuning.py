@@ -20,6 +20,7 @@ from dsm_tune.diagnosis import check_cluster, check_database
 from dsm_tune.errors import ConfigError, StudyError
 from dsm_tune.inputs import (
     Inputs,
+    Outputs,
     Payload,
     dense_batch,
     judge,
@@ -30,7 +31,7 @@ from dsm_tune.inputs import (
 from dsm_tune.measuring.quality import PerImage, bootstrap_interval
 from dsm_tune.plan import MergePlan
 from dsm_tune.profile import DeviceProfile
-from dsm_tune.results import Result, TuneResult
+from dsm_tune.results import REFERENCES, Result, TuneResult
 from dsm_tune.reviewing.outcome import artifacts, open_queue
 from dsm_tune.reviewing.queue import TrackingQueue
 from dsm_tune.reviewing.stores import resolve_tracking_uri
@@ -192,11 +193,11 @@ class _Tune:
             study = found or self._create(identity)  # not before all that can be refused has been
             self.earlier_seconds = study.facts.get("seconds", 0.0)
             self._send(inputs)
-            search_set = self._dense_outputs(SEARCH)
+            dense = self._dense_outputs(SEARCH)
             if is_another:
                 self._change_budget(study, identity)
             if study.facts.get("limits") is None:
-                facts = self._look(inputs, search_set, profile_of(study.facts)).facts
+                facts = self._look(inputs, dense, profile_of(study.facts)).facts
                 for key, value in {"tracking_uri": self.tracking_uri, **facts}.items():
                     study.put(key, value)  # the limits last: a study with limits is prepared
             study.put("status", "running")
@@ -205,7 +206,7 @@ class _Tune:
             )
             try:
                 while True:
-                    if self._search(study, inputs, search_set, queue) == "interrupted":
+                    if self._search(study, inputs, dense, queue) == "interrupted":
                         return self._end(study, queue, "interrupted")
                     queue.drain(timeout=60.0)  # nothing else shall run while plans are timed
                     self._confirm(study, inputs)
@@ -298,12 +299,12 @@ class _Tune:
         ]
         self.crew = Crew(partial(make_evaluators, self.payloads), self.cluster)
 
-    def _dense_outputs(self, which: int) -> Payload:
+    def _dense_outputs(self, which: int) -> Outputs:
         """Run the dense model over one image set, once for all plans."""
         payload = self.payloads[which]
         self.listener.say(f"dense outputs of {len(payload.labels)} images")
         outputs = self.crew.map(dense_batch, [(which, batch) for batch in range(payload.batches)])
-        return dataclasses.replace(payload, dense=np.concatenate(outputs))
+        return np.concatenate(outputs)
 
     def _make_room(self) -> None:
         """Free the GPUs of a shared cluster: what is timed alone asks Ray for a whole one."""
@@ -327,13 +328,13 @@ class _Tune:
         study.put("identity", identity)
         study.put("exhausted", False)
 
-    def _look(self, inputs: Inputs, search_set: Payload, profile: DeviceProfile | None) -> Survey:
+    def _look(self, inputs: Inputs, dense: Outputs, profile: DeviceProfile | None) -> Survey:
         """Find D, the profile where latency is bounded, and whether the budget can be met."""
-        assert search_set.dense is not None  # `_dense_outputs` has set it
-        some = range(min(search_set.batches, self.cluster.workers))
+        payload = self.payloads[SEARCH]
+        some = range(min(payload.batches, self.cluster.workers))
         start = self.clock()  # once more, as the first time the processes had to start
         self.crew.map(dense_batch, [(SEARCH, batch) for batch in some])
-        images = sum(search_set.size_of(batch) for batch in some)
+        images = sum(payload.size_of(batch) for batch in some)
         self._make_room()
         return survey(
             self.config,
@@ -343,7 +344,7 @@ class _Tune:
             self.target,
             self.cluster,
             profile=profile,
-            dense=search_set.dense,
+            dense=dense,
             image_seconds=(self.clock() - start) / images,
             say=self.listener.say,
         )
@@ -354,7 +355,7 @@ class _Tune:
         limits = Limits(**facts["limits"])
         return make_planner(self.config, inputs, self.space, facts["delay"], limits, profile)
 
-    def _search(self, study: Study, inputs: Inputs, payload: Payload, queue: TrackingQueue) -> str:
+    def _search(self, study: Study, inputs: Inputs, dense: Outputs, queue: TrackingQueue) -> str:
         """Run the trials; returns why they ended early, or an empty text."""
         facts = study.facts
         planner = self._planner(inputs, facts, profile_of(facts))
@@ -385,11 +386,10 @@ class _Tune:
             on_progress=on_progress,
         )
         end = None if self.config.timeout is None else self.clock() + self.config.timeout
-        assert payload.dense is not None  # `_dense_outputs` has set it
         engine.run_search(
             search,
             self.crew,
-            partial(try_plan, dense=payload.dense),
+            partial(try_plan, dense=dense),
             deadline=lambda: end is not None and self.clock() > end,
         )
         if search.stopped:
@@ -405,9 +405,7 @@ class _Tune:
         if not new:
             return
         self.listener.say(f"confirming {len(plans)} plans on {len(inputs.holdout)} held-out images")
-        payload = self._dense_outputs(HELD_OUT)
-        assert payload.dense is not None  # `_dense_outputs` has set it
-        judged = self.crew.map(partial(judge, dense=payload.dense), new)
+        judged = self.crew.map(partial(judge, dense=self._dense_outputs(HELD_OUT)), new)
         results = {d: Result.from_dict(one["result"]) for d, one in known.items()}
         results |= {p.digest: _result(p, one) for p, one in zip(new, judged, strict=True)}
         profile = profile_of(study.facts)
@@ -463,7 +461,7 @@ class _Tune:
     def _to_confirm(self, study: Study) -> list[MergePlan]:
         """Dense, ToMe, DSM, then the front, thinned to a number that can be measured well."""
         answer = Answer.of(study)
-        plans = [answer.reference(label).plan for label in ("dense", "tome", "dsm")]
+        plans = [answer.reference(label).plan for label in REFERENCES]
         front = answer.front()
         if len(front) > MOST_CONFIRMED:
             step = (len(front) - 1) / (MOST_CONFIRMED - 1)

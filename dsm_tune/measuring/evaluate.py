@@ -30,7 +30,6 @@ class Evaluator:
             device and dtype.
         pixels: [N, 3, H, W] float32, normalised.
         labels: [N] int64, -1 where unlabelled.
-        dense: [N, K] outputs of the dense model on these images, if they are known already.
         batch_size: images per forward.
         cache_bytes: of kept tokens at most.
     """
@@ -41,7 +40,6 @@ class Evaluator:
         pixels: Tensor,
         labels: Tensor,
         *,
-        dense: Tensor | None = None,
         batch_size: int = BATCH_SIZE,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
@@ -52,7 +50,7 @@ class Evaluator:
         self.cache_bytes = cache_bytes
         self._batches = torch.split(pixels, batch_size)
         self._where = next(model.parameters())
-        self._dense = [] if dense is None else list(torch.split(dense, batch_size))
+        self._dense: list[Tensor] = []
         self._kept: dict[tuple[int, int], Tensor] = {}  # (block, batch): tokens entering the block
 
     @torch.inference_mode()

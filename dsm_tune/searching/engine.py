@@ -127,8 +127,7 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
         self._ot_study = search.study.optuna_study
         self.search = search
         self.cluster = cluster
-        self.jobs: dict[str, Job] = {}
-        self.members: dict[str, int] = {}  # of the crew, by what they do
+        self.jobs: dict[str, tuple[Job, int]] = {}  # and the member of the crew that does it
         self.idle = deque(range(cluster.workers))
         self.starts: dict[str, float] = {}
         self.deaths: dict[tuple[int, int], int] = {}
@@ -153,8 +152,8 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
         job = self.search.next()
         if job is None:
             return Searcher.FINISHED if self.search.stopped else None
-        self.jobs[trial_id] = job
-        member = self.members[trial_id] = self.idle.popleft()
+        member = self.idle.popleft()
+        self.jobs[trial_id] = job, member
         return {"member": member, "plan": job.plan.to_json(), "images": job.images}
 
     def are_warm(self) -> bool:
@@ -171,11 +170,11 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Report what a job gave; run it again if its process died before its time was up."""
-        job = self.jobs.pop(trial_id, None)
         start = self.starts.pop(trial_id, None)
-        if job is None:
+        if trial_id not in self.jobs:
             return
-        self.idle.append(self.members.pop(trial_id))
+        job, member = self.jobs.pop(trial_id)
+        self.idle.append(member)
         limit = self.cluster.trial_seconds
         try:
             if result and "evaluation" in result and not error:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from dsm_tune.plan import Geometry, MergePlan
-from dsm_tune.results import Evaluation
+from dsm_tune.results import REFERENCES, Evaluation
 from dsm_tune.searching.budget import (
     Cost,
     Limits,
@@ -28,9 +28,8 @@ from dsm_tune.searching.pareto import hypervolume, non_dominated, ranks
 from dsm_tune.searching.space import Space, build
 from dsm_tune.searching.study import Mirror, Record, Study, derive_seed
 
-__all__ = ["REFERENCES", "Job", "Planner", "Progress", "Search"]
+__all__ = ["Job", "Planner", "Progress", "Search"]
 
-REFERENCES = ("dense", "tome", "dsm")  # known plans that all others are compared with
 ATTEMPTS, RANDOM_AFTER = 48, 16  # draws per slot; from RANDOM_AFTER on, uniformly at random
 
 
@@ -349,39 +348,27 @@ class Search:
         """How much harder all images are than the few: median over plans that have seen both."""
         few, offsets = self._few(), []
         for record in self.records():
-            seen = [record.evaluations.get(count) for count in (few, self.images)]
-            if record.generation < generation and few < self.images and all(seen):
-                losses = [one.divergence for one in seen if one and one.divergence is not None]
-                offsets += [_log(losses[1]) - _log(losses[0])] if len(losses) == 2 else []
+            if record.generation < generation and {few, self.images} <= record.evaluations.keys():
+                less, more = (record.evaluations[n].divergence for n in (few, self.images))
+                if less is not None and more is not None:
+                    offsets.append(_log(more) - _log(less))
         return statistics.median(offsets) if offsets else 0.0
 
     def _few(self) -> int:
         """Images of the first stage; as many as there are if it is not worth a stage of its own."""
-        few = math.ceil(self.images * self.planner.space.fidelity.image_share)
-        return (
-            few if few < self.images and self.planner.space.fidelity.keep_share < 1 else self.images
-        )
+        fidelity = self.planner.space.fidelity
+        return math.ceil(self.images * fidelity.image_share) if fidelity.thins_out else self.images
 
     def _queue_missing(self, members: list[Record]) -> bool:
         """Queue the evaluations that a generation lacks at its present stage; whether any."""
         few = self._few()
-        missing = [
-            (record, images)
-            for record in members
-            if record.state == "running"
-            and (images := self.images if record.label in REFERENCES else few)
-            not in record.evaluations
-        ]
-        if not missing and few < self.images:
-            climbing = [r for r in members if r.label not in REFERENCES]
-            promoted = self._promoted(climbing, few)
-            missing = [
-                (record, self.images)
-                for record in promoted
-                if record.state == "running" and self.images not in record.evaluations
-            ]
-        self._queue.extend(Job(r.number, r.plan, images) for r, images in missing)
-        return bool(missing)
+        climbing = [r for r in members if r.label not in REFERENCES]
+        references = [r for r in members if r.label in REFERENCES]
+        jobs = [*_lacking(references, self.images), *_lacking(climbing, few)]
+        if not jobs and few < self.images:
+            jobs = _lacking(self._promoted(climbing, few), self.images)
+        self._queue.extend(jobs)
+        return bool(jobs)
 
     def _promoted(self, members: list[Record], few: int) -> list[Record]:
         """The trials that go on to all images: best non-domination ranks first.
@@ -397,17 +384,14 @@ class Search:
         rank = ranks(points)
         reference = self._reference_point()
         gained = [self.objectives(record) for record in self.front()]
-        chosen: list[int] = []
-        left = list(range(len(able)))
-        for _ in range(
-            min(math.ceil(len(members) * self.planner.space.fidelity.keep_share), len(able))
-        ):
+        keep = math.ceil(len(members) * self.planner.space.fidelity.keep_share)
+        left = set(range(len(able)))
+        while left and len(able) - len(left) < keep:
             volumes = {i: hypervolume([*gained, points[i]], reference) for i in left}
             best = min(left, key=lambda i: (rank[i], -volumes[i], points[i][1], i))
             left.remove(best)
-            chosen.append(best)
             gained.append(points[best])
-        return [able[i] for i in sorted(chosen)]
+        return [record for i, record in enumerate(able) if i not in left]
 
     def _close(self, members: list[Record]) -> None:
         for record in sorted(members, key=lambda r: r.number):
@@ -453,6 +437,15 @@ class Search:
         if "dense" not in known or not worst:
             return 0.0, 0.0
         return self._cost(known["dense"]), 2 * worst
+
+
+def _lacking(records: list[Record], images: int) -> list[Job]:
+    """The evaluations on so many images that running trials lack."""
+    return [
+        Job(record.number, record.plan, images)
+        for record in records
+        if record.state == "running" and images not in record.evaluations
+    ]
 
 
 def _log(divergence: float) -> float:

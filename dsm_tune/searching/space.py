@@ -166,6 +166,11 @@ class Fidelity:
     image_share: float = 1.0
     keep_share: float = 1.0
 
+    @property
+    def thins_out(self) -> bool:
+        """Whether there is a stage on few images, and it ends any trial."""
+        return self.image_share < 1 and self.keep_share < 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Space:

@@ -341,14 +341,14 @@ class Mirror:
     ) -> None:
         self.space = self._drawn = space
         values: list[tuple[float, ...]] = [pair for _, pair in told]
-        directions = [StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
+        objectives = 2
         if space.sampler == "tpe_equal_cost":
-            del directions[1]
+            objectives = 1
             rest = {k: v for k, v in space.parameters.items() if k != "cost_share"}
             self._drawn = dataclasses.replace(space, parameters=rest)
             values = [(value,) for value in _at_equal_cost([pair for _, pair in told])]
         with _quiet():
-            self._study = optuna.create_study(directions=directions)
+            self._study = optuna.create_study(directions=[StudyDirection.MINIMIZE] * objectives)
         for age, ((params, _), value) in enumerate(zip(told, values, strict=True)):
             drawn, distributions = _sampled(self._drawn, params)
             self._study.add_trial(
@@ -374,7 +374,9 @@ class Mirror:
             params = space.draw(trial)
             self._study.tell(trial, state=TrialState.FAIL)
         if space is not self.space:
-            share = _spread(self.space.parameters["cost_share"], slot, self.space.generation, seed)
+            shares = self.space.parameters["cost_share"]
+            assert isinstance(shares, Range)  # as all numbers of a space are
+            share = _spread(shares, slot, self.space.generation, seed)
             params = {name: params.get(name, share) for name in self.space.parameters}
         return json.loads(json.dumps(params))  # type: ignore[no-any-return]
 
@@ -400,10 +402,8 @@ def _at_equal_cost(points: Sequence[tuple[float, float]]) -> list[float]:
     return [value - slope * cost for value, cost in points]
 
 
-def _spread(shares: Range | Choices, slot: int, slots: int, seed: int) -> float:
+def _spread(shares: Range, slot: int, slots: int, seed: int) -> float:
     """A share of the budget from the part of a range that is a slot's: dense near the upper end."""
-    if isinstance(shares, Choices) or shares.low == shares.high:
-        return float(shares.values[0] if isinstance(shares, Choices) else shares.low)
     place = (slot % slots - 0.5 + random.Random(seed).random()) / max(slots - 1, 1)
     return shares.high - (shares.high - shares.low) * min(max(place, 0.0), 1.0) ** 2
 

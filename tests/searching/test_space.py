@@ -254,7 +254,10 @@ HUGE = "0x" + "f" * 6000  # Python reads it and refuses to print it
         ("[windows]\nquota = [['equal']]", "windows.quota must be one of"),
         ("[matching]\nfeature = 'keys'", "matching.feature must be one of k, q"),
         ("[matching]\nproportional_attention = 1", "must be one of True, False"),
-        ("[search]\nsampler = 'cma'", "search.sampler must be one of tpe_equal_cost, tpe, nsga2"),
+        (
+            "[search]\nsampler = 'cma'",
+            "search.sampler must be one of tpe_equal_cost, tpe, nsga2, gp, random",
+        ),
         ("[search]\nsampler = ['tpe']", "search.sampler must be a single value"),
         ("[search]\ngeneration = 0", "search.generation must be an integer from 1 to 1024"),
         ("[search]\ngeneration = [4, 8]", "search.generation must be a single value"),

@@ -22,6 +22,7 @@ __all__ = ["DEMO_MODEL", "TuneConfig"]
 DEMO_MODEL = "dsm_tune_demo"
 STATS = ("p50", "p90", "p99")
 DTYPES = ("float32", "float16", "bfloat16")
+RUNTIMES = ("eager", "cudagraphs")
 # What may differ between a study and its resumption: it changes no trial.
 FREE = (
     "trials",
@@ -53,6 +54,7 @@ class TuneConfig:
         batch_size: images per timed forward.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        runtime: how the model is served: ``eager``, or ``cudagraphs`` on a CUDA device.
         threads: of the timed forward on a CPU; ``None`` for all cores.
         device_profile: file with a profile of the target device, if it is not this one.
         search_space: a name or a TOML file.
@@ -80,6 +82,7 @@ class TuneConfig:
     batch_size: int = 1
     dtype: str = "float32"
     device: str = "auto"
+    runtime: str = "eager"
     threads: int | None = None
     device_profile: str | None = None
     search_space: str = "default"
@@ -101,6 +104,7 @@ class TuneConfig:
                 _whole(name, getattr(self, name), 1)
         _one_of("latency_stat", self.latency_stat, STATS)
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("runtime", self.runtime, RUNTIMES)
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", str(self.device)):
             raise ConfigError(
                 f"--device must be auto, cpu, cuda or cuda:N, but got {self.device!r:.60}"

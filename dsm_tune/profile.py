@@ -33,7 +33,7 @@ class DeviceProfile:
         geometry: of the model; its name and weights do not matter.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: images per forward.
-        runtime: ``eager``.
+        runtime: ``eager`` or ``cudagraphs``.
         tokens: ascending token counts at which the parts were timed.
         parts: milliseconds of each part at these counts: ``attention`` (half of a dense block),
             ``attention_sized`` (the same with token sizes), ``mlp``, ``prefix_block`` (a last
@@ -90,7 +90,7 @@ class DeviceProfile:
             ]
         )
 
-    def check(self, geometry: Geometry, dtype: str, batch_size: int) -> None:
+    def check(self, geometry: Geometry, dtype: str, batch_size: int, runtime: str) -> None:
         """Refuse a model or setting that the profile was not made for.
 
         Raises:
@@ -100,6 +100,7 @@ class DeviceProfile:
             ("geometry", self.geometry, geometry),
             ("dtype", self.dtype, dtype),
             ("batch size", self.batch_size, batch_size),
+            ("runtime", self.runtime, runtime),
         ]:
             if mine != asked:
                 raise ProfileError(

@@ -31,6 +31,8 @@ class LatencyMs:
         low, high: 95 % bootstrap interval of the study's statistic (p50 unless told otherwise).
         predicted: what the device profile says.
         ratio_to_dense: median over forwards of plan / dense, measured in turn in one run.
+        device_p50: median between two events on a CUDA device; all others are of the host's
+            clock, from the launch to the device's end.
     """
 
     p50: float | None = None
@@ -40,6 +42,7 @@ class LatencyMs:
     high: float | None = None
     predicted: float | None = None
     ratio_to_dense: float | None = None
+    device_p50: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ class TargetDevice:
     """What a configuration names as its target.
 
     Args:
-        config: names device, dtype, threads, batch size, and a profile if there is one.
+        config: names device, dtype, threads, batch size, runtime, and a profile if there is one.
 
     Raises:
         ConfigError: if the device is not there.
@@ -47,11 +47,14 @@ class TargetDevice:
         self.threads = config.threads or os.cpu_count() or 1
         file = config.device_profile
         self.given = None if file is None else DeviceProfile.load(file)
+        if self.given is None:
+            _check_runtime(config.runtime, self.device)
 
     def check(self, geometry: Geometry) -> None:
         """Refuse a given profile that was made for something else."""
         if self.given is not None:
-            self.given.check(geometry, self.config.dtype, self.config.batch_size)
+            asked = self.config
+            self.given.check(geometry, asked.dtype, asked.batch_size, asked.runtime)
 
     @property
     def is_elsewhere(self) -> bool:
@@ -96,7 +99,8 @@ class TargetDevice:
     def _served(self, inputs: Inputs) -> Target:
         every = torch.cat([inputs.search.pixels, inputs.holdout.pixels])
         batch = every[torch.arange(self.config.batch_size) % len(every)]
-        return Target(inputs.model, batch, self.device, self.config.dtype, self.threads)
+        config = self.config
+        return Target(inputs.model, batch, self.device, config.dtype, self.threads, config.runtime)
 
     def _alone(self, cluster: Cluster, call: Callable[..., Any], *arguments: Any) -> Any:
         cpus = self.threads if cluster.address else min(self.threads, cluster.workers)
@@ -122,13 +126,14 @@ def predict_latency(profile: DeviceProfile, plans: Sequence[MergePlan]) -> list[
 def measure_device(config: TuneConfig, say: Callable[[str], None]) -> DeviceProfile:
     """Measure the device profile of a configuration's model, device, dtype and batch size."""
     device = _present(device_of(config.device))
+    _check_runtime(config.runtime, device)
     model = load_model(config)
     geometry = read_geometry(model)
     size = [patch * geometry.patch for patch in geometry.grid]
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(config.batch_size, 3, *size, generator=generator)
     threads = config.threads or os.cpu_count() or 1
-    target = Target(model, pixels, device, config.dtype, threads)
+    target = Target(model, pixels, device, config.dtype, threads, config.runtime)
     say(f"timing the parts of {config.model_name} on {device} at batch size {config.batch_size}")
     matchings = [Matching(feature=name) for name in FEATURES]
     return profile_target(target, matchings, seconds=2 * _patience(geometry))
@@ -143,6 +148,14 @@ def _present(device: str) -> str:
             f"{', '.join(['auto', 'cpu', *(f'cuda:{i}' for i in range(count))])}"
         )
     return device
+
+
+def _check_runtime(runtime: str, device: str) -> None:
+    """Refuse a runtime that a device does not have."""
+    if runtime == "cudagraphs" and not device.startswith("cuda"):
+        raise ConfigError(
+            f"--runtime must be one that {device} has, but got cudagraphs; accepted is eager"
+        )
 
 
 def _patience(geometry: Geometry) -> float:

@@ -240,12 +240,13 @@ def test_a_profile_of_one_count_predicts_the_same_for_any() -> None:
         ({"geometry": dataclasses.replace(TINY, width=384)}, "for the geometry"),
         ({"dtype": "float16"}, "for the dtype float32, but got float16"),
         ({"batch_size": 8}, "for the batch size 1, but got 8"),
+        ({"runtime": "cudagraphs"}, "for the runtime eager, but got cudagraphs"),
     ],
 )
 def test_a_model_or_setting_it_was_not_made_for_is_refused(
     change: dict[str, Any], said: str
 ) -> None:
-    asked = {"geometry": TINY, "dtype": "float32", "batch_size": 1}
+    asked = {"geometry": TINY, "dtype": "float32", "batch_size": 1, "runtime": "eager"}
     profile().check(**asked)
     with pytest.raises(ProfileError, match=said):
         profile().check(**{**asked, **change})
@@ -258,7 +259,7 @@ def test_a_model_or_setting_it_was_not_made_for_is_refused(
         {"geometry": dataclasses.replace(TINY, depth=11)},
         {"dtype": "float16"},
         {"batch_size": 2},
-        {"runtime": "compile"},
+        {"runtime": "cudagraphs"},
     ],
 )
 def test_the_fingerprint_changes_with_what_was_measured(change: dict[str, Any]) -> None:

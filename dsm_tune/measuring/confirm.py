@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dsm_tune.measuring.latency import Timing, summarise
+from dsm_tune.measuring.latency import summarise
 from dsm_tune.measuring.memory import keep_freed_memory
 from dsm_tune.measuring.profiling import describe_device, measure_profile, time_plans
 from dsm_tune.measuring.quality import bootstrap_interval
@@ -29,6 +29,7 @@ class Target:
         device: ``cpu`` or ``cuda:N``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         threads: on a CPU.
+        runtime: as of :func:`~dsm_tune.runtimes.forwards.prepared`.
     """
 
     model: nn.Module
@@ -36,11 +37,14 @@ class Target:
     device: str
     dtype: str
     threads: int
+    runtime: str
 
     def ready(self) -> tuple[nn.Module, Tensor]:
         """Put model and batch where they are timed, in the process that times them."""
         torch.set_num_threads(self.threads)
         keep_freed_memory()
+        if self.device.startswith("cuda"):
+            torch.cuda.set_device(self.device)  # where graphs are captured
         dtype = getattr(torch, self.dtype)
         model = self.model.to(self.device, dtype).eval()
         return model, self.pixels.to(self.device, dtype)
@@ -76,7 +80,7 @@ def confirm_latency(
         The device's description, and one measurement per plan.
     """
     model, pixels = target.ready()
-    timings = [Timing(ms) for ms in time_plans(model, plans, pixels, seconds=seconds)]
+    timings = time_plans(model, plans, pixels, seconds=seconds, runtime=target.runtime)
     results = []
     for timing in timings:
         ratios = torch.tensor(timing.ms).double() / torch.tensor(timings[0].ms).double()
@@ -90,4 +94,6 @@ def profile_target(
 ) -> DeviceProfile:
     """Measure a device profile of what is served; to be run in a process of its own."""
     model, pixels = target.ready()
-    return measure_profile(model, pixels, matchings=matchings, seconds=seconds)
+    return measure_profile(
+        model, pixels, matchings=matchings, seconds=seconds, runtime=target.runtime
+    )

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune import schedules
-from dsm_tune.measuring.latency import forward_of, interleave, timer_for, when_warm
+from dsm_tune.measuring.latency import Lap, Timing, interleave, timer_for, when_warm
 from dsm_tune.merging import backbone
 from dsm_tune.merging.matching import Tokens
 from dsm_tune.merging.merged import MergedBlocks, merged_view
 from dsm_tune.plan import ATTENTIONS, Geometry, Matching, MergePlan, Step
 from dsm_tune.profile import DeviceProfile
+from dsm_tune.runtimes.forwards import Call, forward_of, prepared
 
 __all__ = ["describe_device", "measure_profile"]
 
@@ -27,7 +28,6 @@ WHOLE = "whole"  # key of the calls that run a whole plan
 GRID = 12  # token counts at which parts are timed
 MOST_FACTOR = 4.0  # between what a step takes within a forward and over and over
 DEVICE_REPEATS = 10  # calls between two waits for a device, so that launches overlap as in a model
-Call = Callable[[], object]
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -61,6 +61,7 @@ def measure_profile(
     *,
     matchings: Sequence[Matching],
     seconds: float,
+    runtime: str = "eager",
     clock: Callable[[], float] = time.monotonic,
 ) -> DeviceProfile:
     """Time the parts of a model where it is.
@@ -70,20 +71,22 @@ def measure_profile(
         pixels: [B, 3, H, W], on the same device and in the same dtype; B is the batch size.
         matchings: what steps will be predicted for; each of their features and terms is timed.
         seconds: time limit, after five rounds.
+        runtime: as of :func:`~dsm_tune.runtimes.forwards.prepared`.
         clock: returns seconds.
     """
     geometry = backbone.read_geometry(model)
     device = pixels.device
     counts = _grid(geometry)
     calls: dict[tuple[str, int], Call] = {
-        (part, i): call
+        (part, i): prepared(call, runtime)
         for i, count in enumerate(counts)
         for part, call in _part_calls(model, geometry, pixels, count, matchings)
     }
     # Whole plans are timed in the same rounds as the parts: a machine that slows down slows both.
     plans = _calibration_plans(geometry)
     whole: dict[tuple[str, int], Call] = {
-        (WHOLE, i): forward_of(merged_view(model, plan), pixels) for i, plan in enumerate(plans)
+        (WHOLE, i): forward_of(merged_view(model, plan), pixels, runtime)
+        for i, plan in enumerate(plans)
     }
     repeats = 1 if device.type == "cpu" else DEVICE_REPEATS
     medians = _time_calls({**calls, **whole}, timer_for(device), repeats, seconds, clock)
@@ -96,7 +99,7 @@ def measure_profile(
         geometry=geometry,
         dtype=str(pixels.dtype).removeprefix("torch."),
         batch_size=len(pixels),
-        runtime="eager",
+        runtime=runtime,
         tokens=counts,
         parts=_subtract_baseline(parts),
     )
@@ -172,7 +175,7 @@ def _steps(
 
 def _time_calls(
     calls: dict[tuple[str, int], Call],
-    timed: Callable[[Call], float],
+    timed: Callable[[Call], Lap],
     repeats: int,
     seconds: float,
     clock: Callable[[], float],
@@ -195,7 +198,7 @@ def _time_calls(
         for key, timing in timings.items():
             if key == first_whole:
                 calls[key]()
-            samples[key].append(timing() / repeats)
+            samples[key].append(timing().ms / repeats)
     return {key: statistics.median(values) for key, values in samples.items()}
 
 
@@ -263,17 +266,18 @@ def time_plans(
     pixels: Tensor,
     *,
     seconds: float,
+    runtime: str = "eager",
     clock: Callable[[], float] = time.monotonic,
-) -> list[tuple[float, ...]]:
-    """Milliseconds of forwards under each plan, in turn; the n-th of each belong to one round.
+) -> list[Timing]:
+    """Time forwards under each plan, in turn; the n-th of each belong to one round.
 
     Args:
         model: in evaluation mode, not merged.
         plans: made for it.
         pixels: [B, 3, H, W] on its device.
         seconds: time limit.
+        runtime: as of :func:`~dsm_tune.runtimes.forwards.prepared`.
         clock: returns seconds.
     """
-    forwards = [forward_of(merged_view(model, plan), pixels) for plan in plans]
-    timed = timer_for(pixels.device)
-    return [t.ms for t in interleave(forwards, timed, seconds=seconds, clock=clock)]
+    forwards = [forward_of(merged_view(model, plan), pixels, runtime) for plan in plans]
+    return interleave(forwards, timer_for(pixels.device), seconds=seconds, clock=clock)

@@ -126,6 +126,7 @@ def measured(result: Result) -> dict[str, float]:
             "latency_low_ms": latency.low,
             "latency_high_ms": latency.high,
             "latency_ratio_to_dense": latency.ratio_to_dense,
+            "latency_device_p50_ms": latency.device_p50,
             "throughput_images_per_second": result.throughput,
             "divergence_holdout": result.divergence,
             "divergence_holdout_low": result.divergence_low,

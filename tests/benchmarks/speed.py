@@ -25,12 +25,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dsm_tune import schedules
-from dsm_tune.measuring.latency import forward_of, timer_for, when_warm
+from dsm_tune.measuring.latency import timer_for, when_warm
 from dsm_tune.measuring.memory import keep_freed_memory
 from dsm_tune.merging import backbone
 from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.merging.merged import merged_view
 from dsm_tune.plan import Matching, MergePlan, Step
+from dsm_tune.runtimes.forwards import forward_of
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -134,34 +135,21 @@ def candidates(model: nn.Module, r: int, delay: int) -> dict[str, tuple[MergePla
     return found
 
 
-def graphed(forward: Forward, x: Tensor) -> Callable[[], object]:
-    """The forward as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.inference_mode(), torch.cuda.stream(stream):
-        for _ in range(3):
-            forward(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
-        forward(x)
-    return graph.replay
-
-
 def measure(
-    compared: dict[str, tuple[MergePlan, Forward]], x: Tensor, seconds: float, graphs: bool
+    compared: dict[str, tuple[MergePlan, Forward]], x: Tensor, seconds: float, runtime: str
 ) -> dict[str, list[float]]:
     """Milliseconds by name, one per round."""
     timed = timer_for(x.device)
     calls = {}
     for name, (_, forward) in compared.items():
-        call = graphed(forward, x) if graphs else forward_of(forward, x)
+        call = forward_of(forward, x, runtime)
         timed(call)
         calls[name] = when_warm(call, timed)
     found: dict[str, list[float]] = {name: [] for name in calls}
     start = time.monotonic()
     while time.monotonic() - start < seconds or len(found["dense"]) < 7:
         for name, call in calls.items():
-            found[name].append(call())
+            found[name].append(call().ms)
     return found
 
 
@@ -198,7 +186,7 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=20.0, help="per batch size")
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtype", default="float32")
-    options.add_argument("--cuda-graphs", action="store_true")
+    options.add_argument("--runtime", default="eager", choices=["eager", "cudagraphs"])
     options.add_argument("--threads", type=int, default=os.cpu_count())
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -211,8 +199,8 @@ def main() -> int:
     for batch in (int(size) for size in chosen.batch_sizes.split(",")):
         x = torch.randn(batch, 3, *side).to(chosen.device, getattr(torch, chosen.dtype))
         with torch.inference_mode():
-            times = measure(compared, x, chosen.seconds, chosen.cuda_graphs)
-        table(f"{chosen.model}, batch {batch}, {chosen.dtype}", compared, times)
+            times = measure(compared, x, chosen.seconds, chosen.runtime)
+        table(f"{chosen.model}, batch {batch}, {chosen.dtype}, {chosen.runtime}", compared, times)
     return 0
 
 

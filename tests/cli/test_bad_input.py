@@ -43,6 +43,8 @@ def refused(call: Call, *arguments: str) -> str:
         ([*BUDGET, "--timeout", "-1"], "--timeout must be a number >= 0, but got -1.0"),
         ([*BUDGET, "--latency-stat", "p42"], "--latency-stat must be one of p50, p90, p99"),
         ([*BUDGET, "--dtype", "int8"], "--dtype must be one of float32, float16, bfloat16"),
+        ([*BUDGET, "--runtime", "fast"], "--runtime must be one of eager, cudagraphs"),
+        ([*BUDGET, "--device", "cpu", "--runtime", "cudagraphs"], "accepted is eager"),
         ([*BUDGET, "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, but got 'tpu'"),
         ([*BUDGET, "--device", "cuda:99"], "--device must be present, but got cuda:99"),
         ([*BUDGET, "--study", "a/b"], "--study must be 1 to 200 letters"),

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import given
 
-from dsm_tune.measuring.latency import BRIEF_MS, Timing, interleave, summarise, when_warm
+from dsm_tune.measuring.latency import (
+    BRIEF_MS,
+    Lap,
+    Timing,
+    interleave,
+    summarise,
+    timer_for,
+    when_warm,
+)
 
 
 class Machine:
@@ -24,10 +34,10 @@ class Machine:
 
         return run
 
-    def timed(self, call: Callable[[], object]) -> float:
+    def timed(self, call: Callable[[], object]) -> Lap:
         start = self.now
         call()
-        return (self.now - start) * 1e3
+        return Lap((self.now - start) * 1e3)
 
     def clock(self) -> float:
         return self.now
@@ -59,7 +69,7 @@ def test_of_a_brief_call_the_second_run_counts() -> None:
         machine.now += next(times) / 1e3
 
     timing = when_warm(call, machine.timed)
-    assert [timing(), timing()] == pytest.approx([3.0, 4.0])
+    assert [timing().ms, timing().ms] == pytest.approx([3.0, 4.0])
 
 
 def test_timing_goes_on_until_the_limit_while_the_times_scatter_and_ends_when_they_do_not() -> None:
@@ -101,3 +111,57 @@ def test_the_interval_is_that_of_the_statistic_that_is_bounded(stat: str) -> Non
     assert found.high is not None
     assert found.low <= getattr(found, stat) <= found.high
     assert found.high - found.low < 40
+
+
+class MadeUpEvent:
+    """An event of a device whose clock runs ten times as fast as its log grows."""
+
+    def __init__(self, log: list[str], *, enable_timing: bool) -> None:
+        assert enable_timing
+        self.log, self.at = log, -1
+
+    def record(self) -> None:
+        self.log.append("event")
+        self.at = len(self.log)
+
+    def elapsed_time(self, last: MadeUpEvent) -> float:
+        assert self.log[-1] == "wait", "the device has not finished"
+        return 10.0 * (last.at - self.at)
+
+
+class MadeUpCuda:
+    """Offers what the timer needs of ``torch.cuda``."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def device(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def synchronize(self, device: torch.device) -> None:
+        self.log.append("wait")
+
+    def Event(self, *, enable_timing: bool) -> MadeUpEvent:
+        return MadeUpEvent(self.log, enable_timing=enable_timing)
+
+
+def test_on_cuda_a_forward_is_timed_by_host_and_by_events_with_the_device_idle_before() -> None:
+    cuda = MadeUpCuda()
+    timed = timer_for(torch.device("cuda"), cuda=cuda)
+    lap = timed(lambda: cuda.log.append("forward"))
+    assert cuda.log == ["wait", "event", "forward", "event", "wait"]
+    assert lap.device_ms == 20.0
+    assert 0 < lap.ms < 1000
+
+
+def test_on_a_cpu_there_is_no_device_time() -> None:
+    assert timer_for(torch.device("cpu"))(lambda: None).device_ms is None
+
+
+def test_the_median_of_the_device_stands_beside_the_hosts_statistics() -> None:
+    laps = [Lap(float(ms), ms / 2) for ms in range(1, 8)]
+    found = summarise(Timing.of(laps), Timing.of(laps), stat="p50")
+    assert (found.p50, found.device_p50) == (4.0, 2.0)
+    host_only = Timing.of([Lap(1.0), Lap(2.0)])
+    assert host_only.device_ms == ()
+    assert summarise(host_only, host_only, stat="p50").device_p50 is None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dsm_tune import schedules
 from dsm_tune.measuring.latency import Lap, Timing, interleave, timer_for, when_warm
 from dsm_tune.merging import backbone
-from dsm_tune.merging.matching import Tokens
+from dsm_tune.merging.joining import Tokens
 from dsm_tune.merging.merged import MergedBlocks, merged_view
 from dsm_tune.plan import ATTENTIONS, Geometry, Matching, MergePlan, Step
 from dsm_tune.profile import DeviceProfile

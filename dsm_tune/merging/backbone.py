@@ -11,6 +11,8 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.layers.attention import Attention
+from timm.layers.drop import DropPath
+from timm.layers.mlp import Mlp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -122,8 +124,16 @@ def attend(block: Block, x: Tensor, log_size: Tensor | None) -> tuple[Tensor, Pr
     batch, count, _ = x.shape
     qkv = attn.qkv(block.norm1(x)).reshape(batch, count, 3, attn.num_heads, attn.head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    parts = Projections(attn.q_norm(q), attn.k_norm(k), v, attn.scale)
+    parts = Projections(_through(attn.q_norm, q), _through(attn.k_norm, k), v, attn.scale)
     return x + _attention_output(block, parts, log_size), parts
+
+
+def _through(module: Any, x: Tensor) -> Tensor:
+    """Apply a module, unless it does nothing: to call it takes as long as a small operator."""
+    kind = type(module)
+    idle = kind is nn.Identity or (kind in (nn.Dropout, DropPath) and not module.training)
+    result: Tensor = x if idle and not module._forward_hooks else module(x)
+    return result
 
 
 def _attention_output(block: Block, parts: Projections, log_size: Tensor | None) -> Tensor:
@@ -133,9 +143,8 @@ def _attention_output(block: Block, parts: Projections, log_size: Tensor | None)
     heads = F.scaled_dot_product_attention(
         parts.q, parts.k, parts.v, attn_mask=bias, dropout_p=dropout, scale=parts.scale
     )
-    mixed = attn.norm(heads.transpose(1, 2).flatten(2))
-    output: Tensor = block.drop_path1(block.ls1(attn.proj_drop(attn.proj(mixed))))
-    return output
+    mixed = attn.proj(_through(attn.norm, heads.transpose(1, 2).flatten(2)))
+    return _through(block.drop_path1, _through(block.ls1, _through(attn.proj_drop, mixed)))
 
 
 def stem(model: nn.Module, pixels: Tensor) -> Tensor:
@@ -158,11 +167,16 @@ def attend_prefix(block: Block, x: Tensor, log_size: Tensor | None, prefix: int)
     k, v = (
         kv.reshape(batch, count, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     )
-    parts = Projections(attn.q_norm(q), attn.k_norm(k), v, attn.scale)
+    parts = Projections(_through(attn.q_norm, q), _through(attn.k_norm, k), v, attn.scale)
     return x[:, :prefix] + _attention_output(block, parts, log_size)
 
 
 def feed_forward(block: Block, x: Tensor) -> Tensor:
     """The MLP half of a block: ``x + MLP(norm2(x))``, [B, N, C] to [B, N, C]."""
-    output: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    return output
+    normed, mlp = block.norm2(x), block.mlp
+    if type(mlp) is Mlp:
+        hidden = _through(mlp.norm, _through(mlp.drop1, mlp.act(mlp.fc1(normed))))
+        mixed = _through(mlp.drop2, mlp.fc2(hidden))
+    else:
+        mixed = mlp(normed)
+    return x + _through(block.drop_path2, _through(block.ls2, mixed))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.errors import ModelError, PlanError
-from dsm_tune.merging import backbone, matching, scores
-from dsm_tune.merging.matching import Tokens
+from dsm_tune.merging import backbone, joining, matching, scores
+from dsm_tune.merging.joining import Tokens
 from dsm_tune.plan import MergePlan, Step
 
 __all__ = ["MergedBlocks", "apply", "finish", "merged", "merged_view", "trace"]
@@ -96,7 +96,7 @@ class MergedBlocks(nn.Sequential):
         if attention != "norm" and (step.kind == "prune" or options.needs_attention):
             received = scores.attention_to(attention, parts, log_size)
         if step.kind == "prune" and received is not None:
-            return matching.prune(tokens, received[:, prefix:], step.r, prefix)
+            return joining.prune(tokens, received[:, prefix:], step.r, prefix)
         if options.feature == "random":
             feature = (
                 getattr(self, _random_name(step))
@@ -104,9 +104,10 @@ class MergedBlocks(nn.Sequential):
                 .expand(tokens.x.shape[0], -1, -1)
             )
         else:
-            feature = scores.feature_of(options.feature, tokens.x, parts)
+            level = step.kind == "merge"
+            feature = scores.feature_of(options.feature, tokens.x, parts, level=level)
         if step.kind == "prune":
-            return matching.prune(tokens, feature[:, prefix:].float().norm(dim=-1), step.r, prefix)
+            return joining.prune(tokens, feature[:, prefix:].float().norm(dim=-1), step.r, prefix)
         return self._merge(tokens, step, feature, received)
 
     def _merge(
@@ -129,7 +130,7 @@ class MergedBlocks(nn.Sequential):
         choice = matching.choose_edges(
             pairs, step.r, bonus=bonus, tiles=tiles, equal_quota=options.quota == "equal"
         )
-        result = matching.merge(
+        result = joining.merge(
             tokens,
             choice,
             prefix,

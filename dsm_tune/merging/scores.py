@@ -11,7 +11,7 @@ from dsm_tune.merging.matching import halves, unit
 __all__ = ["attention_to", "feature_of", "size_penalty"]
 
 
-def feature_of(kind: str, x: Tensor, parts: Projections) -> Tensor:
+def feature_of(kind: str, x: Tensor, parts: Projections, *, level: bool = True) -> Tensor:
     """The feature by which tokens are compared.
 
     Args:
@@ -19,6 +19,8 @@ def feature_of(kind: str, x: Tensor, parts: Projections) -> Tensor:
             ``k_all``, ``kv_all``: all heads, likewise; ``x``: the tokens.
         x: [B, N, C] tokens after the attention half.
         parts: projections of the same block.
+        level: whether the halves of ``kv`` and ``kv_all`` are brought to unit length, so that
+            both count alike in a cosine; a length says nothing then.
 
     Returns:
         [B, N, F].
@@ -34,7 +36,7 @@ def feature_of(kind: str, x: Tensor, parts: Projections) -> Tensor:
         pair = parts.k.mean(dim=1), parts.v.mean(dim=1)
     else:
         pair = parts.k.transpose(1, 2).flatten(2), parts.v.transpose(1, 2).flatten(2)
-    return torch.cat([unit(half) for half in pair], dim=2)
+    return torch.cat([unit(half) for half in pair] if level else pair, dim=2)
 
 
 def attention_to(kind: str, parts: Projections, log_size: Tensor | None) -> Tensor:

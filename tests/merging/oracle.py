@@ -111,8 +111,8 @@ def _unit(vector: np.ndarray) -> np.ndarray:
     return vector / max(float(np.linalg.norm(vector)), 1e-6)
 
 
-def _feature(tokens: list[Token], kind: str, parts: Any, i: int) -> np.ndarray:
-    """The feature of token i by which it is compared."""
+def _feature(tokens: list[Token], kind: str, parts: Any, i: int, level: bool = True) -> np.ndarray:
+    """The feature of token i by which it is compared; two halves of it count alike if level."""
     if kind == "x":
         return tokens[i].x
     names = kind.removesuffix("_all")
@@ -120,7 +120,9 @@ def _feature(tokens: list[Token], kind: str, parts: Any, i: int) -> np.ndarray:
     for name in names:
         heads = [head["qkv".index(name)][i] for head in parts]
         found.append(np.concatenate(heads) if kind.endswith("_all") else sum(heads) / len(heads))
-    return found[0] if len(names) == 1 else np.concatenate([_unit(vector) for vector in found])
+    if len(names) == 1:
+        return found[0]
+    return np.concatenate([_unit(vector) if level else vector for vector in found])
 
 
 def _received(kind: str, attention: np.ndarray, i: int) -> float:
@@ -227,7 +229,8 @@ def _worth(tokens: list[Token], plan: Any, parts: Any, attention: np.ndarray) ->
     """What a prune step keeps the largest of, for every token."""
     options = plan.matching
     if options.prune_score == "norm":
-        features = [_feature(tokens, options.feature, parts, i) for i in range(len(tokens))]
+        every = range(len(tokens))
+        features = [_feature(tokens, options.feature, parts, i, level=False) for i in every]
         return [float(np.linalg.norm(feature)) for feature in features]
     return [_received(options.prune_score, attention, i) for i in range(len(tokens))]
 

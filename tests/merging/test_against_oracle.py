@@ -122,7 +122,7 @@ def test_means_weighed_by_attention_and_kept_lengths_equal_the_oracle(
 
 
 @pytest.mark.parametrize("score", ["norm", "class", "received"])
-@pytest.mark.parametrize("feature", ["k", "x"])
+@pytest.mark.parametrize("feature", ["k", "x", "kv", "kv_all"])
 def test_pruning_equals_the_oracle(score: str, feature: str) -> None:
     model = small_vit("class", (14, 14), depth=3)
     steps = [(block, "prune", 50, None) for block in range(3)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dsm_tune.errors import ModelError, PlanError
 from dsm_tune.merging.backbone import attend
-from dsm_tune.merging.matching import Tokens
+from dsm_tune.merging.joining import Tokens
 from dsm_tune.merging.merged import apply, finish, merged, merged_view, trace
 from dsm_tune.merging.published import dsm_plan, tome_plan
 from dsm_tune.merging.similarity import similarity_curve

@@ -86,127 +86,114 @@ def _attention_received(q: Value, k: Value, log_size: Value, scale: float, whose
 
 
 def _rows(x: Value, index: Value) -> Value:
-    """Rows of [B, n, C] at [B, m]: [B, m, C]."""
-    return op.GatherND(x, op.Unsqueeze(index, _integers(2)), batch_dims=1)
-
-
-def _unit(feature: Value) -> Value:
-    length = op.ReduceL2(feature, _integers(-1), keepdims=1)
-    return op.Div(feature, op.Max(length, _constant(1e-6, np.float32)))
-
-
-def _batch_of(x: Value) -> Value:
-    return op.Shape(x, start=0, end=1)
-
-
-def _repeated(x: Value, row: Any, kind: Any = np.int64) -> Value:
-    """n numbers once for each image of ``x``: [B, n]; ``None`` if n is 0."""
-    if not len(row):
-        return None
-    return op.Expand(_constant([list(row)], kind), op.Concat(_batch_of(x), _integers(1), axis=0))
-
-
-def _joined(*parts: Value) -> Value:
-    """[B, n] of what there is."""
-    there = [part for part in parts if part is not None]
-    return op.Concat(*there, axis=1) if len(there) > 1 else there[0]
+    """Rows of [B, n, C] at [B, m, 1]: [B, m, C]."""
+    return op.GatherND(x, index, batch_dims=1)
 
 
 def _cut(x: Value, first: int, end: int) -> Value:
-    """Columns of [B, n]."""
+    """Tokens of [B, n, ...]."""
     return op.Slice(x, _integers(first), _integers(end), _integers(1))
-
-
-class _Layout:
-    """Where things are in the sequence of N tokens that enters a step; plain numbers."""
-
-    def __init__(self, plan: MergePlan, block: int) -> None:
-        self.prefix = plan.geometry.prefix
-        self.count = plan.tokens[block]
-        self.r = plan.removed[block]
-        self.even = np.arange(self.prefix + self.prefix % 2, self.count, 2)
-        self.odd = np.arange(self.prefix + 1 - self.prefix % 2, self.count, 2)
-        self.step = next(step for step in plan.active_steps if step.block == block)
-        columns = plan.geometry.grid[1]
-        at = np.arange(plan.geometry.patches)
-        grid = np.stack([at // columns, at % columns], axis=1)
-        self.first_places = np.concatenate([np.zeros((self.prefix, 2)), grid])
-
-
-def _prune(x: Value, scores: Value, size: Value, place: Value, plan: str, block: int) -> Any:
-    """Keep the patch tokens with the highest scores, in order."""
-    layout = _Layout(MergePlan.from_json(plan), block)
-    prefix, left = layout.prefix, layout.count - layout.prefix - layout.r
-    worth = _cut(scores, prefix, layout.count) if prefix else scores
-    best = op.TopK(worth, _integers(left), axis=1)[1]
-    stay = op.Add(_ascending(best, left), _constant(prefix))
-    index = _joined(_repeated(x, range(prefix)), stay)
-    new_size = x if size is None else op.GatherElements(size, index, axis=1)
-    return _rows(x, index), new_size, _places(place, layout, index)
 
 
 def _ascending(index: Value, count: int) -> Value:
     return op.TopK(index, _integers(count), axis=1, largest=0)[0]
 
 
-def _places(place: Value, layout: _Layout, index: Value) -> Value:
-    """[B, m, 2]: places at [B, m]; ``None`` for places means those of the first block."""
-    if place is not None:
-        return _rows(place, index)
-    return op.Gather(_constant(layout.first_places, np.float32), index, axis=0)
+def _flipped(x: Value) -> Value:
+    return op.Transpose(x, perm=[0, 2, 1])
+
+
+def _repeated(x: Value, rows: Any, kind: Any = np.float32) -> Value:
+    """[n, ...] numbers once for each image of ``x``: [B, n, ...]."""
+    batch = op.Shape(x, start=0, end=1)
+    shape = op.Concat(batch, _integers(*np.shape(rows)), axis=0)
+    return op.Expand(_constant(np.asarray(rows)[None], kind), shape)
+
+
+class _Layout:
+    """Where things are in the sequence of N tokens that enters a step; plain numbers."""
+
+    def __init__(self, plan: MergePlan, block: int) -> None:
+        self.geometry, self.prefix = plan.geometry, plan.geometry.prefix
+        self.count, self.r = plan.tokens[block], plan.removed[block]
+        self.even = np.arange(self.prefix + self.prefix % 2, self.count, 2)
+        self.odd = np.arange(self.prefix + 1 - self.prefix % 2, self.count, 2)
+        self.rest = len(self.even) - self.r
+        self.window = next(s.window for s in plan.active_steps if s.block == block)
+
+    def places(self) -> Any:
+        """[N, 2] row and column in the original grid, while no token has left; prefix: 0, 0."""
+        columns, at = self.geometry.grid[1], np.arange(self.geometry.patches)
+        grid = np.stack([at // columns, at % columns], axis=1)
+        return np.concatenate([np.zeros((self.prefix, 2)), grid])
+
+
+def _prune(x: Value, scores: Value, size: Value, place: Value, plan: str, block: int) -> Any:
+    """Keep the patch tokens with the highest scores, in order."""
+    layout = _Layout(MergePlan.from_json(plan), block)
+    prefix, left = layout.prefix, layout.count - layout.prefix - layout.r
+    best = op.TopK(_cut(scores, prefix, layout.count), _integers(left), axis=1)[1]
+    kept = op.Unsqueeze(op.Add(_ascending(best, left), _constant(prefix)), _integers(2))
+
+    def keep(values: Value) -> Value:
+        return op.Concat(_cut(values, 0, prefix), _rows(values, kept), axis=1)
+
+    if place is None:
+        place = _repeated(x, layout.places())
+    new_size = x
+    if size is not None:
+        new_size = op.Squeeze(keep(op.Unsqueeze(size, _integers(2))), _integers(2))
+    return keep(x), new_size, keep(place)
 
 
 def _merge(
-    x: Value,
-    feature: Value,
-    size: Value,
-    place: Value,
-    received: Value,
-    plan: str,
-    block: int,
+    x: Value, feature: Value, size: Value, place: Value, received: Value, plan: str, block: int
 ) -> Any:
-    """Match, then merge, as :mod:`dsm_tune.merging.matching` does it.
-
-    All m tokens that are left are gathered at once; what merges into them is added by a product
-    with a matrix [m, r], whose rows are zero for the tokens that nothing merges into.
-    """
+    """Match, then merge, as :mod:`dsm_tune.merging.matching` does it."""
     whole = MergePlan.from_json(plan)
     options, layout = whole.matching, _Layout(whole, block)
+    if place is None:
+        place = _repeated(x, layout.places())
     order, partner = _edges(x, feature, size, place, received, options, layout)
-    rest = len(layout.even) - layout.r
-    chosen = _cut(order, 0, layout.r)
-    target = op.GatherElements(partner, chosen, axis=1)
-    source = _even_positions(chosen, layout)
-    kept = [_even_positions(_cut(order, layout.r, len(layout.even)), layout)] if rest else []
-    index = _joined(
-        _repeated(x, range(layout.prefix)),
-        *(_ascending(positions, rest) for positions in kept),
-        _repeated(x, layout.odd),
-    )
-    slots = _constant(np.arange(layout.count - layout.r)[None, :, None] - layout.prefix - rest)
-    arrives = op.Equal(op.Unsqueeze(target, _integers(1)), slots)
+    source, kept, target = _parted(order, partner, layout)
+    arrives = op.Cast(op.Equal(target, _constant(np.arange(len(layout.odd)))), to=1)
     weight = _weight(received, options, layout)
-    came, stayed, total = _masses(size, weight, arrives, source, index)
-    joins, stays = op.Div(came, total), op.Div(stayed, total)
+    mass = size if weight is None else weight if size is None else op.Mul(size, weight)
+    came, stayed, total = _masses(mass, arrives, source, layout)
+    joins, stays = _flipped(op.Div(came, total)), _flipped(op.Div(stayed, total))
 
-    def mean(rows: Value, sources: Value) -> Value:
-        return op.Add(op.Mul(rows, stays), op.MatMul(joins, sources))
+    def mean(values: Value, norm: str = "free") -> Value:
+        odd, sources = op.Gather(values, _constant(layout.odd), axis=1), _rows(values, source)
+        merged = op.Add(op.Mul(odd, stays), op.MatMul(joins, sources))
+        return merged if norm == "free" else _scaled(merged, odd, sources, joins, stays, norm)
 
-    rows, sources = _rows(x, index), _rows(x, source)
-    merged = mean(rows, sources)
-    if options.norm != "free":
-        merged = _scaled(merged, rows, sources, joins, stays, options.norm)
-    new_place = _places(place, layout, index)
+    def join(values: Value, odd: Value) -> Value:
+        there = [_cut(values, 0, layout.prefix)] if layout.prefix else []
+        there += [_rows(values, kept)] if layout.rest else []
+        return op.Concat(*there, odd, axis=1)
+
     if options.position == "centroid":
-        new_place = mean(new_place, _places(place, layout, source))
+        new_place = join(place, mean(place))
+    else:
+        new_place = join(place, op.Gather(place, _constant(layout.odd), axis=1))
     if weight is not None:
-        total = _masses(size, None, arrives, source, index)[2]
-    return merged, op.Squeeze(total, _integers(2)), new_place
+        total = _masses(size, arrives, source, layout)[2]
+    if size is None:
+        known = _repeated(x, np.ones((layout.count, 1)))
+    else:
+        known = op.Unsqueeze(size, _integers(2))
+    new_size = op.Squeeze(join(known, _flipped(total)), _integers(2))
+    return join(x, mean(x, options.norm)), new_size, new_place
 
 
-def _even_positions(index: Value, layout: _Layout) -> Value:
-    doubled = op.Mul(index, _constant(2))
-    return op.Add(doubled, _constant(layout.even[0])) if layout.even[0] else doubled
+def _parted(order: Value, partner: Value, layout: _Layout) -> Any:
+    """Positions of sources [B, r, 1] and of even tokens that stay, and the sources' partners."""
+    target = op.GatherElements(partner, _cut(order, 0, layout.r), axis=1)
+    position = op.Add(op.Mul(order, _constant(2)), _constant(layout.even[0]))
+    source, kept = _cut(position, 0, layout.r), None
+    if layout.rest:
+        kept = _ascending(_cut(position, layout.r, len(layout.even)), layout.rest)
+    return source, kept, target
 
 
 def _weight(received: Value, options: Any, layout: _Layout) -> Value:
@@ -218,36 +205,33 @@ def _weight(received: Value, options: Any, layout: _Layout) -> Value:
     return weight if power == 1 else op.Pow(weight, _constant(power, np.float32))
 
 
-def _masses(size: Value, weight: Value, arrives: Value, source: Value, index: Value) -> Any:
-    """What comes to each token [B, m, r], what was there and the total, [B, m, 1]."""
-    mass = size if weight is None else weight if size is None else op.Mul(size, weight)
-    if mass is None:
-        came = op.Cast(arrives, to=1)
-        stayed = _constant(1.0, np.float32)
-    else:
-        leaving = op.Unsqueeze(op.GatherElements(mass, source, axis=1), _integers(1))
-        came = op.Where(arrives, leaving, _constant(0.0, np.float32))
-        stayed = op.Unsqueeze(op.GatherElements(mass, index, axis=1), _integers(2))
-    return came, stayed, op.Add(stayed, op.ReduceSum(came, _integers(2), keepdims=1))
+def _masses(mass: Value, arrives: Value, source: Value, layout: _Layout) -> Any:
+    """What comes to each odd token [B, r, b], what was there and the total: [B, 1, b]."""
+    came, stayed = arrives, _constant([[[1.0]]], np.float32)
+    if mass is not None:
+        leaving = op.GatherElements(op.Unsqueeze(mass, _integers(2)), source, axis=1)
+        came = op.Mul(arrives, leaving)
+        stayed = op.Unsqueeze(op.Gather(mass, _constant(layout.odd), axis=1), _integers(1))
+    return came, stayed, op.Add(stayed, op.ReduceSum(came, _integers(1), keepdims=1))
 
 
 def _scaled(
-    merged: Value, rows: Value, sources: Value, joins: Value, stays: Value, norm: str
+    merged: Value, odd: Value, sources: Value, joins: Value, stays: Value, norm: str
 ) -> Value:
-    """Scale merged tokens to the weighted mean or the largest length of what was merged."""
-    own = op.ReduceL2(rows, _integers(2), keepdims=1)
+    """Scale merged tokens to the weighted mean or the largest length of what was merged.
+
+    A token that nothing merges into has the same length before and after: the factor 1.
+    """
+    own = op.ReduceL2(odd, _integers(2), keepdims=1)
     theirs = op.ReduceL2(sources, _integers(2), keepdims=1)
     if norm == "mean":
         wanted = op.Add(op.Mul(own, stays), op.MatMul(joins, theirs))
     else:
-        joined = op.Greater(joins, _constant(0.0, np.float32))
-        row = op.Transpose(theirs, perm=[0, 2, 1])
-        lengths = op.Where(joined, row, _constant(0.0, np.float32))
-        wanted = op.Max(own, op.ReduceMax(lengths, _integers(2), keepdims=1))
+        joined = op.Cast(op.Greater(joins, _constant(0.0, np.float32)), to=1)
+        longest = op.ReduceMax(op.Mul(joined, _flipped(theirs)), _integers(2), keepdims=1)
+        wanted = op.Max(own, longest)
     length = op.ReduceL2(merged, _integers(2), keepdims=1)
-    factor = op.Div(wanted, op.Max(length, _constant(1e-6, np.float32)))
-    alone = op.Equal(stays, _constant(1.0, np.float32))
-    return op.Mul(merged, op.Where(alone, _constant(1.0, np.float32), factor))
+    return op.Mul(merged, op.Div(wanted, op.Max(length, _constant(1e-6, np.float32))))
 
 
 def _edges(
@@ -259,74 +243,75 @@ def _edges(
     options: Any,
     layout: _Layout,
 ) -> Any:
-    """Even tokens in the order in which their edges are taken, and the partner of each: [B, a]."""
-    even, odd = _constant(layout.even), _constant(layout.odd)
-    unit = _unit(feature)
-    scores = op.MatMul(
-        op.Gather(unit, even, axis=1), op.Transpose(op.Gather(unit, odd, axis=1), perm=[0, 2, 1])
-    )
-    if options.size_penalty and size is not None:
-        inverse = op.Reciprocal(size)
-        across = op.Unsqueeze(op.Gather(inverse, even, axis=1), _integers(2))
-        down = op.Unsqueeze(op.Gather(inverse, odd, axis=1), _integers(1))
-        # log(s_a s_b / (s_a + s_b)) = -log(1 / s_a + 1 / s_b)
-        penalty = op.Mul(op.Log(op.Add(across, down)), _constant(options.size_penalty, np.float32))
-        scores = op.Add(scores, penalty)
-    if options.feature == "random" and not (options.size_penalty and size is not None):
-        shape = op.Concat(_batch_of(x), _integers(1, 1), axis=0)
-        scores = op.Expand(scores, shape)
+    """Even tokens in the order in which their edges are taken, and the partner of each: [B, a, 1]."""
+    even, odd, count = _constant(layout.even), _constant(layout.odd), len(layout.even)
+    scores, unit = _scores(x, feature, size, options, layout)
     best, partner = _largest(scores)
     tiles = crosses = None
-    if layout.step.window:
-        tiles, apart = _tiles(x, place, even, odd, layout)
-        inside, inside_partner = _largest(op.Where(apart, _constant(NEVER, np.float32), scores))
+    if layout.window:
+        tile = _tiles(place, layout.window)
+        tiles = op.Gather(tile, even, axis=1)
+        same = op.Equal(tiles, _flipped(op.Gather(tile, odd, axis=1)))
+        inside, inside_partner = _largest(op.Where(same, scores, _constant(NEVER, np.float32)))
         crosses = op.Less(inside, _constant(NEVER / 2, np.float32))
         best = op.Where(crosses, best, inside)
         partner = op.Where(crosses, partner, inside_partner)
     if received is not None and options.salience:
-        bonus = _constant(-options.salience * layout.count, np.float32)
-        best = op.Add(best, op.Mul(op.Gather(received, even, axis=1), bonus))
-    count = len(layout.even)
+        bonus = _constant(-options.salience * layout.count * unit, np.float32)
+        salient = op.Unsqueeze(op.Gather(received, even, axis=1), _integers(2))
+        best = op.Add(best, op.Mul(salient, bonus))
     order = op.TopK(best, _integers(count), axis=1)[1]
-    if layout.step.window:
+    if layout.window:
         order = _in_rounds(order, tiles, crosses, count, options.quota == "equal")
     return order, partner
 
 
+def _scores(x: Value, feature: Value, size: Value, options: Any, layout: _Layout) -> Any:
+    """Scores [B, a, b], and the number that they are a multiple by.
+
+    With a size penalty β they are divided by it: ``cosine / β + log(1 / s_a + 1 / s_b)``, for
+    ``s_a s_b / (s_a + s_b)`` is the inverse of ``1 / s_a + 1 / s_b``.
+    """
+    even, odd = _constant(layout.even), _constant(layout.odd)
+    length = op.ReduceL2(feature, _integers(-1), keepdims=1)
+    unit = op.Div(feature, op.Max(length, _constant(1e-6, np.float32)))
+    cosine = op.MatMul(op.Gather(unit, even, axis=1), _flipped(op.Gather(unit, odd, axis=1)))
+    if options.size_penalty and size is not None:
+        inverse = op.Reciprocal(size)
+        across = op.Unsqueeze(op.Gather(inverse, even, axis=1), _integers(2))
+        down = op.Unsqueeze(op.Gather(inverse, odd, axis=1), _integers(1))
+        times = 1 / options.size_penalty
+        scaled = op.Mul(cosine, _constant(times, np.float32))
+        return op.Add(scaled, op.Log(op.Add(across, down))), times
+    if options.feature == "random":  # one row for all images so far
+        cosine = op.Add(cosine, _repeated(x, np.zeros((1, 1))))
+    return cosine, 1.0
+
+
 def _largest(scores: Value) -> Any:
-    """Largest of each row of [B, a, b] and its index: [B, a] each."""
-    return (
-        op.ReduceMax(scores, _integers(2), keepdims=0),
-        op.ArgMax(scores, axis=2, keepdims=0),
-    )
+    """Largest of each row of [B, a, b] and its index: [B, a, 1] each."""
+    return op.ReduceMax(scores, _integers(2), keepdims=1), op.ArgMax(scores, axis=2, keepdims=1)
 
 
-def _tiles(x: Value, place: Value, even: Value, odd: Value, layout: _Layout) -> Any:
-    """Tile of each even token [B, a], and whether an odd one is in another [B, a, b]."""
-    window = layout.step.window
-    if place is None:
-        corner = np.floor((layout.first_places + PLACE_TOLERANCE) / window)
-        tile = corner[:, 0] * 4096 + corner[:, 1]
-        apart = tile[layout.even][:, None] != tile[layout.odd][None, :]
-        return _repeated(x, tile[layout.even], np.float32), _constant(apart[None], np.bool_)
+def _tiles(place: Value, window: int) -> Value:
+    """Number of the tile in which each place is: [B, N, 1]."""
     shifted = op.Add(place, _constant(PLACE_TOLERANCE, np.float32))
     corner = op.Floor(op.Div(shifted, _constant(window, np.float32)))
-    number = op.MatMul(corner, _constant([4096.0, 1.0], np.float32))
-    tile, other = op.Gather(number, even, axis=1), op.Gather(number, odd, axis=1)
-    same = op.Equal(op.Unsqueeze(tile, _integers(2)), op.Unsqueeze(other, _integers(1)))
-    return tile, op.Not(same)
+    return op.MatMul(corner, _constant([[4096.0], [1.0]], np.float32))
 
 
 def _in_rounds(order: Value, tiles: Value, crosses: Value, count: int, equal: bool) -> Value:
-    """Reorder [B, a]: one edge of each tile per round, or as they are; crossing edges last."""
+    """Reorder [B, a, 1]: one edge of each tile per round, or as they are; crossing edges last."""
     crossing = op.GatherElements(op.Cast(crosses, to=1), order, axis=1)
-    last = op.Mul(crossing, _constant(count, np.float32))
+    turn = op.Mul(crossing, _constant(count, np.float32))
     if equal:
-        # A crossing edge stands in a tile of its own, so that it delays no other.
-        ranked = op.Sub(op.GatherElements(tiles, order, axis=1), op.Mul(crossing, _constant(1e7, np.float32)))
-        same = op.Equal(op.Unsqueeze(ranked, _integers(2)), op.Unsqueeze(ranked, _integers(1)))
-        earlier = _constant(np.tri(count, k=-1)[None], np.bool_)
-        before = op.Cast(op.And(same, earlier), to=1)
-        last = op.Add(last, op.ReduceSum(before, _integers(2), keepdims=0))
-    key = op.Add(op.Mul(last, _constant(count, np.float32)), _constant(np.arange(count), np.float32))
+        # A crossing edge stands in no tile, so that it delays no other.
+        aside = op.Mul(crossing, _constant(-1e9, np.float32))
+        ranked = op.Add(op.GatherElements(tiles, order, axis=1), aside)
+        earlier = _constant(np.tri(count, k=-1), np.bool_)
+        before = op.Cast(op.And(op.Equal(ranked, _flipped(ranked)), earlier), to=1)
+        turn = op.Add(turn, op.ReduceSum(before, _integers(2), keepdims=1))
+    # Within a round the order stays; distinct keys leave no tie to the runtime.
+    key = op.Mul(turn, _constant(count, np.float32))
+    key = op.Add(key, _constant(np.arange(count)[:, None], np.float32))
     return op.GatherElements(order, op.TopK(key, _integers(count), axis=1, largest=0)[1], axis=1)

@@ -8,18 +8,21 @@ as in TopK.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir
 import torch
 from onnx import numpy_helper
+from onnx_ir.passes import common
 from onnxscript import opset20 as op
 
 from dsm_tune.merging.matching import PLACE_TOLERANCE
 from dsm_tune.plan import MergePlan
 
-__all__ = ["OPSET", "translations"]
+__all__ = ["OPSET", "tidied", "translations"]
 
 OPSET = 20
 NEVER = -1e30  # below every score; infinity is what some runtimes are careless with
@@ -36,6 +39,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         traced.dsm_tune.prune.default: _prune,
         traced.aten.scaled_dot_product_attention.default: _attend,
         traced.aten.gelu.default: _gelu,
+        traced.aten.view.default: _view,
     }
 
 
@@ -45,6 +49,25 @@ def _constant(value: Any, kind: Any = np.int64) -> Value:
 
 def _integers(*values: int) -> Value:
     return _constant(values)
+
+
+def tidied(model: onnx_ir.Model, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """The graph with each node once, its numbers as initializers, and no word of how it was made."""
+    common.ClearMetadataAndDocStringPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    model.metadata_props.update(metadata)
+    return onnx_ir.to_proto(model)
+
+
+def _view(x: Value, shape: Sequence[Any]) -> Value:
+    """One side may be the batch, which any runtime finds by itself."""
+    sides = [side if isinstance(side, int) else -1 for side in shape]
+    if sides.count(-1) > 1:
+        raise NotImplementedError("one side of any length only")
+    return op.Reshape(x, _integers(*sides))
 
 
 def _gelu(x: Value, approximate: str = "none") -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 import warnings
@@ -44,12 +45,10 @@ def export_onnx(
         PlanError: if the plan is for another geometry.
         OSError: if the file cannot be written.
     """
-    try:
-        import onnx
+    onnx = _package("onnx", "exporting to ONNX")
+    _package("onnxscript", "exporting to ONNX")
+    from dsm_tune.exporting import lowering, nodes
 
-        from dsm_tune.exporting import lowering
-    except ImportError as error:
-        raise _not_installed("exporting to ONNX", error) from None
     _check(model)
     view, example = view_to_trace(model, plan), _example(model, plan)
     with torch.no_grad(), warnings.catch_warnings():
@@ -62,7 +61,7 @@ def export_onnx(
             optimize=False,  # takes longer than all the rest, for a graph no faster
             input_names=[INPUT],
             output_names=[OUTPUT],
-            opset_version=lowering.OPSET,
+            opset_version=nodes.OPSET,
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             custom_translation_table=lowering.translations(),
         )
@@ -119,10 +118,7 @@ def session(model: Path | bytes, threads: int) -> Callable[[Tensor], Tensor]:
         ConfigError: if onnxruntime is not installed or ``threads`` is less than 1.
         ModelError: if the file is no model that ONNX Runtime can open.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise _not_installed("running an ONNX file", error) from None
+    onnxruntime = _package("onnxruntime", "running an ONNX file")
     if threads < 1:
         raise ConfigError(f"threads must be at least 1, but got {threads}")
     options = onnxruntime.SessionOptions()
@@ -141,8 +137,11 @@ def session(model: Path | bytes, threads: int) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _not_installed(what: str, error: ImportError) -> ConfigError:
-    return ConfigError(
-        f"{what} needs the package {error.name or 'onnx'}, which is not installed here; "
-        "python -m pip install 'dsm-tune[onnx]' installs it"
-    )
+def _package(name: str, purpose: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ConfigError(
+            f"{purpose} needs the package {name}, which is not installed here; "
+            "python -m pip install 'dsm-tune[onnx]' installs it"
+        ) from None

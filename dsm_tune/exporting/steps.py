@@ -25,7 +25,7 @@ __all__ = ["attention_step", "merge_step", "prune_step", "view_to_trace"]
 def attention_step(
     q: Tensor, k: Tensor, log_size: Tensor | None, scale: float, whose: str
 ) -> Tensor:
-    """Attention that each token receives: [B, N], as :func:`~dsm_tune.merging.scores.attention_to`."""
+    """What :func:`~dsm_tune.merging.scores.attention_to` gives: [B, N] float32."""
     raise NotImplementedError("only traced")
 
 

@@ -17,7 +17,7 @@ from dsm_tune.errors import ConfigError, ModelError
 from dsm_tune.exporting.steps import view_to_trace
 from dsm_tune.plan import MergePlan
 
-__all__ = ["INPUT", "OUTPUT", "PLAN_KEY", "export_onnx", "session"]
+__all__ = ["INPUT", "OUTPUT", "PLAN_KEY", "export_onnx", "graph_of", "session"]
 
 INPUT, OUTPUT = "pixels", "logits"
 PLAN_KEY = "dsm_tune.plan"
@@ -45,16 +45,34 @@ def export_onnx(
         PlanError: if the plan is for another geometry.
         OSError: if the file cannot be written.
     """
-    onnx = _package("onnx", "exporting to ONNX")
+    checker = _package("onnx", "exporting to ONNX").checker
     _package("onnxscript", "exporting to ONNX")
+    _check(model)
+    notes = {**metadata, PLAN_KEY: plan.to_json()}
+    proto = graph_of(view_to_trace(model, plan), _example(model, plan), notes)
+    if proto.ByteSize() > LARGEST:
+        raise ModelError(
+            f"a model must have at most {LARGEST} bytes for one ONNX file, "
+            f"but this one has {proto.ByteSize()}; the format pt2 has no such bound"
+        )
+    checker.check_model(proto)
+    _write(file, proto.SerializeToString())
+
+
+def graph_of(model: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> Any:
+    """Trace a model into an ``onnx.ModelProto``.
+
+    Args:
+        model: in eval mode; the steps of a plan as :func:`view_to_trace` puts them.
+        example: [2, 3, H, W]; of one image, tracing would conclude that there is always one.
+        metadata: names and texts to put into it.
+    """
     from dsm_tune.exporting import lowering, nodes
 
-    _check(model)
-    view, example = view_to_trace(model, plan), _example(model, plan)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter's own ways
         program: Any = torch.onnx.export(
-            view,
+            model,
             (example,),
             dynamo=True,
             verbose=False,
@@ -65,14 +83,7 @@ def export_onnx(
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             custom_translation_table=lowering.translations(),
         )
-    proto = lowering.tidied(program.model, {**metadata, PLAN_KEY: plan.to_json()})
-    if proto.ByteSize() > LARGEST:
-        raise ModelError(
-            f"a model must have at most {LARGEST} bytes for one ONNX file, "
-            f"but this one has {proto.ByteSize()}; the format pt2 has no such bound"
-        )
-    onnx.checker.check_model(proto)
-    _write(file, proto.SerializeToString())
+    return lowering.tidied(program.model, metadata)
 
 
 def _check(model: nn.Module) -> None:
@@ -87,7 +98,6 @@ def _check(model: nn.Module) -> None:
 
 
 def _example(model: nn.Module, plan: MergePlan) -> Tensor:
-    """Two images: of one, tracing would conclude that there is always one."""
     rows, columns = (side * plan.geometry.patch for side in plan.geometry.grid)
     return torch.zeros(2, 3, rows, columns, device=next(model.parameters()).device)
 

@@ -51,6 +51,7 @@ def tidied(model: onnx_ir.Model, metadata: Mapping[str, str]) -> onnx.ModelProto
     common.ClearMetadataAndDocStringPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass()(model)
+    common.IdentityEliminationPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     model.metadata_props.update(metadata)

@@ -43,6 +43,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         traced.aten.scaled_dot_product_attention.default: _attend,
         traced.aten.gelu.default: _gelu,
         traced.aten.view.default: _view,
+        traced.aten.clamp_min.default: _at_least,
     }
 
 
@@ -56,6 +57,11 @@ def tidied(model: onnx_ir.Model, metadata: Mapping[str, str]) -> onnx.ModelProto
     common.RemoveUnusedNodesPass()(model)
     model.metadata_props.update(metadata)
     return onnx_ir.to_proto(model)
+
+
+def _at_least(x: Value, least: float) -> Value:
+    """Of float32, as the lengths are that are bounded so."""
+    return op.Max(x, constant(least, np.float32))
 
 
 def _view(x: Value, shape: Sequence[Any]) -> Value:

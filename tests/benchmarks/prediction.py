@@ -60,7 +60,7 @@ def main() -> int:
     after = time_plans(inputs.model, plans, pixels, seconds=4 * chosen.seconds)
     errors, repeats = [], []
     for plan, first, second in zip(plans, before, after, strict=True):
-        one, other = statistics.median(first), statistics.median(second)
+        one, other = statistics.median(first.ms), statistics.median(second.ms)
         measured, predicted = (one + other) / 2, profile.predict(plan)
         errors.append(abs(predicted / measured - 1))
         repeats.append(abs(one / other - 1))

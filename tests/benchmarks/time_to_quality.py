@@ -89,7 +89,7 @@ def plain_loop(options: object, asked: object, trials: int, folder: Path) -> tup
             continue
         divergence = float(evaluator.evaluate(plan).divergence.mean())
         forwards = time_plans(inputs.model, [plan], images.pixels[:1], seconds=0.0)
-        statistics.median(forwards[0])
+        statistics.median(forwards[0].ms)
         study.tell(trial, [divergence, plan.gmacs])
         evaluations = {len(images): Evaluation(len(images), divergence)}
         records.append(Record(len(records), 1, 0, "", {}, plan, evaluations, "complete"))

@@ -22,7 +22,7 @@ __all__ = ["DEMO_MODEL", "TuneConfig"]
 DEMO_MODEL = "dsm_tune_demo"
 STATS = ("p50", "p90", "p99")
 DTYPES = ("float32", "float16", "bfloat16")
-RUNTIMES = ("eager", "cudagraphs")
+RUNTIMES = ("eager", "onnx", "cudagraphs")
 # What may differ between a study and its resumption: it changes no trial.
 FREE = (
     "trials",
@@ -54,7 +54,8 @@ class TuneConfig:
         batch_size: images per timed forward.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        runtime: how the model is served: ``eager``, or ``cudagraphs`` on a CUDA device.
+        runtime: that serves the model: ``eager``; ``onnx``, ONNX Runtime on a CPU; or
+            ``cudagraphs`` on a CUDA device.
         threads: of the timed forward on a CPU; ``None`` for all cores.
         device_profile: file with a profile of the target device, if it is not this one.
         search_space: a name or a TOML file.

@@ -170,7 +170,7 @@ DEVICE = (
     option("--dtype", metavar="float32|float16|bfloat16", help="[float32]"),
     option("--device", metavar="auto|cpu|cuda|cuda:N", help="[auto]"),
     option("--threads", type=Whole(), metavar="N", help="Of timed forwards on a CPU. [all cores]"),
-    option("--runtime", metavar="eager|cudagraphs", help="That serves the model. [eager]"),
+    option("--runtime", metavar="eager|onnx|cudagraphs", help="That serves the model. [eager]"),
 )
 BUDGETS = (
     option("--budget-ms", type=Budget(), metavar="MS|P%", help="Latency, such as 5 or 60%."),

@@ -33,7 +33,7 @@ class DeviceProfile:
         geometry: of the model; its name and weights do not matter.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: images per forward.
-        runtime: ``eager`` or ``cudagraphs``.
+        runtime: ``eager``, ``onnx`` or ``cudagraphs``.
         tokens: ascending token counts at which the parts were timed.
         parts: milliseconds of each part at these counts: ``attention`` (half of a dense block),
             ``attention_sized`` (the same with token sizes), ``mlp``, ``prefix_block`` (a last

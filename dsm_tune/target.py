@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -48,7 +49,7 @@ class TargetDevice:
         file = config.device_profile
         self.given = None if file is None else DeviceProfile.load(file)
         if self.given is None:
-            _check_runtime(config.runtime, self.device)
+            _check_runtime(config, self.device)
 
     def check(self, geometry: Geometry) -> None:
         """Refuse a given profile that was made for something else."""
@@ -68,7 +69,7 @@ class TargetDevice:
         """Name and fingerprint of the target."""
         if profile is not None:
             return {"name": str(profile.device.get("name")), "fingerprint": profile.fingerprint}
-        found = describe_device(torch.device(self.device))
+        found = describe_device(torch.device(self.device), self.config.runtime)
         found["threads"] = self.threads
         return {"name": str(found["name"]), "fingerprint": fingerprint_of(found)}
 
@@ -126,7 +127,7 @@ def predict_latency(profile: DeviceProfile, plans: Sequence[MergePlan]) -> list[
 def measure_device(config: TuneConfig, say: Callable[[str], None]) -> DeviceProfile:
     """Measure the device profile of a configuration's model, device, dtype and batch size."""
     device = _present(device_of(config.device))
-    _check_runtime(config.runtime, device)
+    _check_runtime(config, device)
     model = load_model(config)
     geometry = read_geometry(model)
     size = [patch * geometry.patch for patch in geometry.grid]
@@ -150,12 +151,25 @@ def _present(device: str) -> str:
     return device
 
 
-def _check_runtime(runtime: str, device: str) -> None:
-    """Refuse a runtime that a device does not have."""
-    if runtime == "cudagraphs" and not device.startswith("cuda"):
+def _check_runtime(config: TuneConfig, device: str) -> None:
+    """Refuse a runtime that a device, or this installation, does not have."""
+    on_cuda = device.startswith("cuda")
+    if config.runtime == "cudagraphs" and not on_cuda:
         raise ConfigError(
-            f"--runtime must be one that {device} has, but got cudagraphs; accepted is eager"
+            f"--runtime must be one that {device} has, but got cudagraphs; accepted are eager, onnx"
         )
+    if config.runtime != "onnx":
+        return
+    if on_cuda or config.dtype != "float32":
+        raise ConfigError(
+            f"--runtime onnx must run in float32 on the CPU, but got {config.dtype} on {device}"
+        )
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"--runtime onnx needs the package {name}, which is not installed here; "
+                "python -m pip install 'dsm-tune[onnx]' installs it"
+            )
 
 
 def _patience(geometry: Geometry) -> float:

@@ -29,7 +29,7 @@ class Target:
         device: ``cpu`` or ``cuda:N``.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         threads: on a CPU.
-        runtime: as of :func:`~dsm_tune.runtimes.forwards.prepared`.
+        runtime: as of :func:`~dsm_tune.runtimes.forwards.forwards_of`.
     """
 
     model: nn.Module
@@ -86,7 +86,7 @@ def confirm_latency(
         ratios = torch.tensor(timing.ms).double() / torch.tensor(timings[0].ms).double()
         high = bootstrap_interval(ratios, statistic=0.5)[1]
         results.append(Confirmed(summarise(timing, timings[0], stat=stat), high))
-    return describe_device(pixels.device), results
+    return describe_device(pixels.device, target.runtime), results
 
 
 def profile_target(

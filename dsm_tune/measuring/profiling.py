@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import platform
 import statistics
 import time
@@ -15,12 +16,11 @@ from torch import Tensor, nn
 
 from dsm_tune import schedules
 from dsm_tune.measuring.latency import Lap, Timing, interleave, timer_for, when_warm
+from dsm_tune.measuring.parts import part_calls
 from dsm_tune.merging import backbone
-from dsm_tune.merging.joining import Tokens
-from dsm_tune.merging.merged import MergedBlocks, merged_view
-from dsm_tune.plan import ATTENTIONS, Geometry, Matching, MergePlan, Step
+from dsm_tune.plan import Geometry, Matching, MergePlan
 from dsm_tune.profile import DeviceProfile
-from dsm_tune.runtimes.forwards import Call, forward_of, prepared
+from dsm_tune.runtimes.forwards import Call, forwards_of
 
 __all__ = ["describe_device", "measure_profile"]
 
@@ -30,8 +30,11 @@ MOST_FACTOR = 4.0  # between what a step takes within a forward and over and ove
 DEVICE_REPEATS = 10  # calls between two waits for a device, so that launches overlap as in a model
 
 
-def describe_device(device: torch.device) -> dict[str, Any]:
-    """What decides how fast a device is: its name, driver or processor, torch, and threads."""
+def describe_device(device: torch.device, runtime: str = "eager") -> dict[str, Any]:
+    """What decides how fast a device is: its name, driver or processor, libraries, and threads."""
+    if runtime == "onnx":
+        found: str = importlib.import_module("onnxruntime").__version__
+        return {**describe_device(device), "onnxruntime": found}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return {"name": name, "cuda": torch.version.cuda, "torch": torch.__version__}
@@ -71,39 +74,49 @@ def measure_profile(
         pixels: [B, 3, H, W], on the same device and in the same dtype; B is the batch size.
         matchings: what steps will be predicted for; each of their features and terms is timed.
         seconds: time limit, after five rounds.
-        runtime: as of :func:`~dsm_tune.runtimes.forwards.prepared`.
+        runtime: as of :func:`~dsm_tune.runtimes.forwards.forwards_of`.
         clock: returns seconds.
     """
     geometry = backbone.read_geometry(model)
     device = pixels.device
     counts = _grid(geometry)
+    parts_of = _parts_of(model, pixels, runtime)
     calls: dict[tuple[str, int], Call] = {
-        (part, i): prepared(call, runtime)
+        (part, i): call
         for i, count in enumerate(counts)
-        for part, call in _part_calls(model, geometry, pixels, count, matchings)
+        for part, call in parts_of(model, pixels, count, matchings)
     }
     # Whole plans are timed in the same rounds as the parts: a machine that slows down slows both.
     plans = _calibration_plans(geometry)
     whole: dict[tuple[str, int], Call] = {
-        (WHOLE, i): forward_of(merged_view(model, plan), pixels, runtime)
-        for i, plan in enumerate(plans)
+        (WHOLE, i): call for i, call in enumerate(forwards_of(model, plans, pixels, runtime))
     }
     repeats = 1 if device.type == "cpu" else DEVICE_REPEATS
     medians = _time_calls({**calls, **whole}, timer_for(device), repeats, seconds, clock)
-    parts = {
+    times = {
         part: tuple(medians[part, i] for i in range(len(counts)))
         for part in dict.fromkeys(part for part, _ in calls)
     }
     profile = DeviceProfile(
-        device=describe_device(device),
+        device=describe_device(device, runtime),
         geometry=geometry,
         dtype=str(pixels.dtype).removeprefix("torch."),
         batch_size=len(pixels),
         runtime=runtime,
         tokens=counts,
-        parts=_subtract_baseline(parts),
+        parts=_subtract_baseline(times),
     )
     return _calibrate(profile, plans, [medians[key] for key in whole])
+
+
+def _parts_of(
+    model: nn.Module, pixels: Tensor, runtime: str
+) -> Callable[..., Iterable[tuple[str, Call]]]:
+    if runtime != "onnx":
+        return partial(part_calls, runtime=runtime)
+    from dsm_tune.measuring.onnx_parts import OnnxParts  # its packages may be absent
+
+    return OnnxParts(model, pixels).calls
 
 
 def _grid(geometry: Geometry) -> tuple[int, ...]:
@@ -111,66 +124,6 @@ def _grid(geometry: Geometry) -> tuple[int, ...]:
     step = max((geometry.tokens - least) / (GRID - 1), 1.0)
     counts = {round(geometry.tokens - i * step) for i in range(GRID)}
     return tuple(sorted(count for count in counts if count >= min(least, geometry.tokens)))
-
-
-def _part_calls(
-    model: nn.Module, geometry: Geometry, pixels: Tensor, count: int, matchings: Sequence[Matching]
-) -> Iterable[tuple[str, Call]]:
-    parts: Any = model
-    block = parts.blocks[geometry.depth // 2]
-    generator = torch.Generator().manual_seed(count)
-    x = torch.randn(len(pixels), count, geometry.width, generator=generator)
-    x = x.to(pixels.device, pixels.dtype)
-    size = torch.ones(len(pixels), count, device=pixels.device)
-    log_size = size.log()
-    yield "attention", partial(backbone.attend, block, x, None)
-    yield "attention_sized", lambda: backbone.attend(block, x, size.log())
-    yield "mlp", partial(backbone.feed_forward, block, x)
-    if geometry.reads_prefix_only:
-        yield (
-            "prefix_block",
-            lambda: backbone.feed_forward(
-                block, backbone.attend_prefix(block, x, log_size, geometry.prefix)
-            ),
-        )
-    yield "stem", partial(backbone.stem, model, pixels)
-    yield "head", lambda: parts.forward_head(parts.norm(x))
-    projections = backbone.attend(block, x, log_size)[1]
-    tokens = Tokens(x, size)
-    for name, matching, step in _steps(geometry, count, matchings):
-        plan = MergePlan("", _small(geometry, count), (step,), matching)
-        if not plan.active_steps:
-            continue
-        blocks = MergedBlocks(nn.Sequential(block), plan)
-        yield name, partial(blocks._take_step, tokens, plan.active_steps[0], projections, log_size)
-
-
-def _small(geometry: Geometry, count: int) -> Geometry:
-    """The geometry of one block with this many tokens; in one column, which costs the same."""
-    return dataclasses.replace(geometry, depth=1, grid=(max(count - geometry.prefix, 1), 1))
-
-
-def _steps(
-    geometry: Geometry, count: int, matchings: Sequence[Matching]
-) -> Iterable[tuple[str, Matching, Step]]:
-    """What to time: each feature plain, then each further term on top of the keys."""
-    r = max((count - geometry.prefix) // 12, 1)
-    merge, side = Step(0, "merge", r), max(int(count**0.5) // 2, 1)
-    features = dict.fromkeys(["k", *(m.feature for m in matchings if m.feature != "random")])
-    for feature in features:
-        yield f"merge_{feature}", Matching(feature=feature), merge
-    yield "local", Matching(), Step(0, "merge", r, side)
-    yield "size_penalty", Matching(size_penalty=0.1), merge
-    yield "norm", Matching(norm="mean"), merge
-    attentions = [a for a in ATTENTIONS if a != "class" or geometry.prefix]
-    for attention in attentions:
-        yield (
-            f"salience_{attention}",
-            Matching(salience=0.1, attention_weight=1.0, attention=attention),
-            merge,
-        )
-    for score in ("norm", *attentions):
-        yield f"prune_{score}", Matching(prune_score=score), Step(0, "prune", r)
 
 
 def _time_calls(
@@ -276,8 +229,8 @@ def time_plans(
         plans: made for it.
         pixels: [B, 3, H, W] on its device.
         seconds: time limit.
-        runtime: as of :func:`~dsm_tune.runtimes.forwards.prepared`.
+        runtime: as of :func:`~dsm_tune.runtimes.forwards.forwards_of`.
         clock: returns seconds.
     """
-    forwards = [forward_of(merged_view(model, plan), pixels, runtime) for plan in plans]
+    forwards = forwards_of(model, plans, pixels, runtime)
     return interleave(forwards, timer_for(pixels.device), seconds=seconds, clock=clock)

@@ -16,7 +16,7 @@ from dsm_tune.merging import backbone, joining, matching, scores
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.plan import MergePlan, Step
 
-__all__ = ["MergedBlocks", "apply", "finish", "merged", "merged_view", "trace"]
+__all__ = ["MergedBlocks", "apply", "finish", "merged", "merged_view", "random_feature", "trace"]
 
 
 class MergedBlocks(nn.Sequential):
@@ -35,7 +35,7 @@ class MergedBlocks(nn.Sequential):
         if plan.matching.feature == "random":
             for step in self.steps.values():
                 self.register_buffer(
-                    _random_name(step), _random_feature(plan, step), persistent=False
+                    _random_name(step), random_feature(plan, step), persistent=False
                 )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,12 +82,13 @@ class MergedBlocks(nn.Sequential):
         x, parts = backbone.attend(block, tokens.x, log_size)
         tokens = tokens.having(x)
         if step is not None:
-            tokens = self._take_step(tokens, step, parts, log_size)
+            tokens = self.take_step(tokens, step, parts, log_size)
         return tokens.having(backbone.feed_forward(block, tokens.x))
 
-    def _take_step(
+    def take_step(
         self, tokens: Tokens, step: Step, parts: backbone.Projections, log_size: Tensor | None
     ) -> Tokens:
+        """What a step leaves of the tokens of its block, after the attention half."""
         options, prefix = self.plan.matching, self.plan.geometry.prefix
         if step.block <= self.last_local and tokens.place is None:
             tokens = dataclasses.replace(tokens, place=self._places(tokens.x))
@@ -162,7 +163,8 @@ def _random_name(step: Step) -> str:
     return f"random_feature_{step.block}"
 
 
-def _random_feature(plan: MergePlan, step: Step) -> Tensor:
+def random_feature(plan: MergePlan, step: Step) -> Tensor:
+    """What tokens are compared by at random, the same for all images: [1, N, F] float32."""
     generator = torch.Generator().manual_seed(plan.matching.seed * 1024 + step.block)
     count, width = plan.tokens[step.block], plan.matching.feature_width(plan.geometry)
     return torch.randn(1, count, width, generator=generator)

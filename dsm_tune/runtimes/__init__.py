@@ -1,1 +1,1 @@
-"""How a merged model is run where it is served: eager, or as a CUDA graph."""
+"""How a merged model is run where it is served: eager, in ONNX Runtime, or as a CUDA graph."""

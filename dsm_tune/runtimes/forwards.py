@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Call", "forward_of", "graphed", "prepared"]
+from dsm_tune.merging.merged import merged_view
+from dsm_tune.plan import MergePlan
+
+__all__ = ["Call", "forward_of", "forwards_of", "graphed", "prepared"]
 
 Call = Callable[[], object]
 WARMUP = 3  # runs before a capture, in which libraries choose and allocate
+
+
+def forwards_of(
+    model: nn.Module, plans: Sequence[MergePlan], pixels: Tensor, runtime: str
+) -> list[Call]:
+    """Return the call of a model under each plan, as a runtime runs it.
+
+    Args:
+        model: dense, in evaluation mode, on the device and in the dtype of ``pixels``.
+        plans: made for it.
+        pixels: [B, 3, H, W].
+        runtime: ``eager``; ``onnx``, in ONNX Runtime with as many threads as torch has; or
+            ``cudagraphs``.
+
+    Raises:
+        ConfigError: for ``onnx``, if a package is not installed.
+    """
+    if runtime != "onnx":
+        return [forward_of(merged_view(model, plan), pixels, runtime) for plan in plans]
+    from dsm_tune.runtimes.onnx.files import opened
+
+    return [partial(run, pixels) for run in opened(model, plans, torch.get_num_threads())]
 
 
 def forward_of(model: Callable[[Tensor], object], pixels: Tensor, runtime: str = "eager") -> Call:

@@ -47,17 +47,24 @@ def main() -> int:
     options.add_argument("--plans", type=int, default=12)
     options.add_argument("--seconds", type=float, default=10.0)
     options.add_argument("--threads", type=int, default=os.cpu_count())
+    options.add_argument("--runtime", default="eager", choices=["eager", "onnx"])
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     keep_freed_memory()
     inputs = load_inputs(config(chosen, budget_gflops="60%"))
     pixels = inputs.search.pixels[torch.arange(chosen.batch_size) % len(inputs.search)]
     plans = draw_plans(inputs.geometry, chosen.plans, chosen.seed)
-    before = time_plans(inputs.model, plans, pixels, seconds=4 * chosen.seconds)
+    before = time_plans(
+        inputs.model, plans, pixels, seconds=4 * chosen.seconds, runtime=chosen.runtime
+    )
     matchings = [Matching(feature=name) for name in FEATURES]
-    profile = measure_profile(inputs.model, pixels, matchings=matchings, seconds=chosen.seconds)
-    print(f"batch {chosen.batch_size}: scale {profile.scale:.3f}, stated error {profile.error:.1%}")
-    after = time_plans(inputs.model, plans, pixels, seconds=4 * chosen.seconds)
+    profile = measure_profile(
+        inputs.model, pixels, matchings=matchings, seconds=chosen.seconds, runtime=chosen.runtime
+    )
+    print(f"batch {chosen.batch_size}, {chosen.runtime}: stated error {profile.error:.1%}")
+    after = time_plans(
+        inputs.model, plans, pixels, seconds=4 * chosen.seconds, runtime=chosen.runtime
+    )
     errors, repeats = [], []
     for plan, first, second in zip(plans, before, after, strict=True):
         one, other = statistics.median(first.ms), statistics.median(second.ms)

@@ -1,10 +1,11 @@
 """How fast merged models are beside dense, ToMe's plain loop, and a merge that costs nothing.
 
-Needs torch and timm alone. All forwards are timed in turn, in one run. For each batch size the
-table gives, for every candidate: GMACs, its speed relative to dense (median over rounds of
-dense / candidate, with quartiles), its efficiency (that over the ratio of GMACs), and its speed
-relative to its slice floor: the same forward with matching and merging replaced by cutting the
-token axis to the same lengths.
+Needs torch and timm alone, and the packages of ``dsm-tune[onnx]`` for ``--runtime onnx`` (where
+ToMe's plain loop stays eager, and dense is shown eager too). All forwards are timed in turn, in
+one run. For each batch size the table gives, for every candidate: GMACs, its speed relative to
+dense (median over rounds of dense / candidate, with quartiles), its efficiency (that over the
+ratio of GMACs), and its speed relative to its slice floor: the same forward with matching and
+merging replaced by cutting the token axis to the same lengths.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from dsm_tune.plan import Matching, MergePlan, Step
 from dsm_tune.runtimes.forwards import forward_of
 
 Forward = Callable[[Tensor], Tensor]
+Times = dict[str, list[float]]
 
 
 def embed(model: Any, x: Tensor) -> Tensor:
@@ -135,27 +138,72 @@ def candidates(model: nn.Module, r: int, delay: int) -> dict[str, tuple[MergePla
     return found
 
 
-def measure(
-    compared: dict[str, tuple[MergePlan, Forward]], x: Tensor, seconds: float, runtime: str
-) -> dict[str, list[float]]:
+def calls_of(
+    model: nn.Module, compared: dict[str, tuple[MergePlan, Forward]], x: Tensor, runtime: str
+) -> dict[str, Callable[[], object]]:
+    """What is timed, by name, as the runtime runs it."""
+    if runtime != "onnx":
+        return {name: forward_of(run, x, runtime) for name, (_, run) in compared.items()}
+    from dsm_tune.runtimes.onnx.files import session
+
+    calls: dict[str, Callable[[], object]] = {}
+    graphs = Graphs(model)
+    for name, (plan, run) in compared.items():
+        if name in ("dense, eager", "ToMe, plain loop"):
+            calls[name] = forward_of(run, x)
+        else:
+            graph = graphs.floor(plan) if name.endswith(" floor") else graphs.merged(plan)
+            calls[name] = partial(session(graph, torch.get_num_threads()), x)
+    return calls
+
+
+class Graphs:
+    """ONNX graphs of plans and of their floors, from the same traced pieces."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from dsm_tune.runtimes.onnx.pieces import Pieces
+
+        self.pieces = Pieces(model)
+
+    def merged(self, plan: MergePlan) -> bytes:
+        """The graph of a plan."""
+        from dsm_tune.runtimes.onnx.graph import graph_of
+
+        return graph_of(self.pieces, plan).SerializeToString()
+
+    def floor(self, plan: MergePlan) -> bytes:
+        """The graph of a plan whose merges are free: tokens are cut off instead."""
+        from dsm_tune.runtimes.onnx.nodes import Builder
+
+        g, geometry = Builder(), plan.geometry
+        sides = [side * geometry.patch for side in geometry.grid]
+        x = self.pieces.stem(g, g.input("pixels", "batch", 3, *sides))
+        for index in range(geometry.depth):
+            if plan.last_block == "prefix" and index == geometry.depth - 1:
+                x = self.pieces.prefix_block(g, index, x, None)
+                continue
+            x = self.pieces.attend(g, index, x, None)[0]
+            if plan.removed[index]:
+                x = g.cut(x, 0, plan.tokens[index + 1])
+            x = self.pieces.feed_forward(g, index, x)
+        return g.model({"logits": (self.pieces.head(g, x, None), None)}, {}).SerializeToString()
+
+
+def measure(calls: dict[str, Callable[[], object]], x: Tensor, seconds: float) -> Times:
     """Milliseconds by name, one per round."""
     timed = timer_for(x.device)
-    calls = {}
-    for name, (_, forward) in compared.items():
-        call = forward_of(forward, x, runtime)
+    for call in calls.values():
         timed(call)
-        calls[name] = when_warm(call, timed)
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    warm = {name: when_warm(call, timed) for name, call in calls.items()}
+    found: Times = {name: [] for name in warm}
     start = time.monotonic()
     while time.monotonic() - start < seconds or len(found["dense"]) < 7:
-        for name, call in calls.items():
+        for name, call in warm.items():
             found[name].append(call().ms)
     return found
 
 
-def table(
-    title: str, compared: dict[str, tuple[MergePlan, Forward]], times: dict[str, list[float]]
-) -> None:
+def table(title: str, compared: dict[str, tuple[MergePlan, Forward]], times: Times) -> None:
     """Print ratios of one setting."""
     print(f"\n{title}: dense {statistics.median(times['dense']):.2f} ms")
     print(f"{'':20}{'GMACs':>8}{'speed-up':>10}{'quartiles':>14}{'efficiency':>12}{'of floor':>10}")
@@ -186,7 +234,7 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=20.0, help="per batch size")
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtype", default="float32")
-    options.add_argument("--runtime", default="eager", choices=["eager", "cudagraphs"])
+    options.add_argument("--runtime", default="eager", choices=["eager", "onnx", "cudagraphs"])
     options.add_argument("--threads", type=int, default=os.cpu_count())
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -195,11 +243,14 @@ def main() -> int:
     model = timm.create_model(chosen.model).eval()
     model = model.to(chosen.device, getattr(torch, chosen.dtype))
     compared = candidates(model, chosen.r, chosen.delay)
+    if chosen.runtime == "onnx":
+        compared["dense, eager"] = compared["dense"]
     side = model.patch_embed.img_size
     for batch in (int(size) for size in chosen.batch_sizes.split(",")):
         x = torch.randn(batch, 3, *side).to(chosen.device, getattr(torch, chosen.dtype))
         with torch.inference_mode():
-            times = measure(compared, x, chosen.seconds, chosen.runtime)
+            calls = calls_of(model, compared, x, chosen.runtime)
+            times = measure(calls, x, chosen.seconds)
         table(f"{chosen.model}, batch {batch}, {chosen.dtype}, {chosen.runtime}", compared, times)
     return 0
 

@@ -283,3 +283,17 @@ def test_a_study_goes_on_under_another_budget_and_keeps_what_it_has_found(
     )
     assert (again.code, again.json["front"]) == (0, document["front"])
     assert "finished already" in again.err
+
+
+@pytest.mark.slow
+def test_a_model_can_be_tuned_for_onnx_runtime(tmp_path: Path) -> None:
+    options = ("--runtime", "onnx", "--batch-size", "8", "--trials", "8", "--study", "served")
+    ended = run("--budget-ms", "80%", *options, "--json", cwd=tmp_path)
+    assert ended.code in (0, 3), ended  # 3 where nothing is fast enough on a busy machine
+    document = ended.json
+    for result in (document["dense"], document["tome"], document["dsm"], *document["front"]):
+        assert result["latency_ms"]["p50"] > 0
+        assert result["latency_ms"]["predicted"] > 0
+    again = run("--budget-ms", "80%", *options[2:], cwd=tmp_path)
+    assert again.code == 2, again
+    assert "runtime" in again.error

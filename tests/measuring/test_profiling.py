@@ -64,6 +64,27 @@ def test_whole_forwards_that_take_other_multiples_for_blocks_and_steps_are_met(
     assert found.predict(unseen) == pytest.approx(true.predict(unseen))
 
 
+def test_a_profile_of_onnx_runtime_times_the_same_parts_as_an_eager_one() -> None:
+    ticks = itertools.count()
+    found = measure_profile(
+        MODEL, PIXELS, matchings=[], seconds=0.0, runtime="onnx", clock=lambda: next(ticks)
+    )
+    assert found.runtime == "onnx"
+    assert set(found.parts) == set(measured().parts) - {"merge_kv"}
+    assert found.device["onnxruntime"]
+    assert min(found.parts["attention"]) > 0
+    assert found.fingerprint != dataclasses.replace(found, runtime="eager").fingerprint
+
+
+def test_confirmation_in_onnx_runtime_times_each_plan_beside_dense() -> None:
+    target = Target(MODEL, PIXELS, "cpu", "float32", 1, "onnx")
+    plans = [MergePlan("", GEOMETRY), schedules.tome(GEOMETRY, 30)]
+    device, (dense, tome) = confirm_latency(target, plans, stat="p50", seconds=0.5)
+    assert device["onnxruntime"]
+    assert dense.latency_ms.ratio_to_dense == 1.0
+    assert tome.latency_ms.ratio_to_dense is not None
+
+
 def test_plans_for_calibration_reach_from_dense_to_few_tokens() -> None:
     plans = _calibration_plans(GEOMETRY)
     assert plans[0].gmacs == MergePlan("", GEOMETRY).gmacs
@@ -100,7 +121,7 @@ def test_the_profile_of_a_target_is_of_its_dtype_and_threads() -> None:
 def test_a_runtime_that_the_device_does_not_have_is_refused_before_anything_is_timed() -> None:
     config = TuneConfig(budget_ms=1, device="cpu", runtime="cudagraphs")
     said: list[str] = []
-    with pytest.raises(ConfigError, match="accepted is eager"):
+    with pytest.raises(ConfigError, match="accepted are eager, onnx"):
         measure_device(config, said.append)
     assert not said
 

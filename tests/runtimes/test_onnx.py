@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "merging"))
 
-from small_vits import images_for, plan_for, small_vit
+from small_vits import KINDS, images_for, plan_for, small_vit
 
 from dsm_tune.demo import create_model, load_split
 from dsm_tune.errors import ConfigError, ModelError, PlanError
-from dsm_tune.exporting import onnx as exporting
-from dsm_tune.exporting.onnx import INPUT, OUTPUT, PLAN_KEY, export_onnx, session
 from dsm_tune.merging.merged import merged
 from dsm_tune.merging.published import dsm_plan, tome_plan
 from dsm_tune.plan import Matching, MergePlan
+from dsm_tune.runtimes.onnx import graph
+from dsm_tune.runtimes.onnx.files import PLAN_KEY, export_onnx, session
+from dsm_tune.runtimes.onnx.graph import INPUT, OUTPUT, graph_of
+from dsm_tune.runtimes.onnx.pieces import Pieces
 
 BATCHES = (1, 2, 7, 32)
 # Dense operators, and those that match and merge; ONNX Runtime and TensorRT 10 take them all.
@@ -81,20 +84,20 @@ def _same_logits(found: Tensor, expected: Tensor) -> None:
     assert int(apart.sum()) <= len(found) // 10
 
 
+pieces_of = functools.lru_cache(maxsize=16)(Pieces)  # a model is traced once for all tests
+
+
 @torch.no_grad()
-def _check(model: nn.Module, plan: MergePlan, images: Tensor, folder: Path) -> onnx.ModelProto:
-    """Export, compare at every batch size, and return the file's content."""
-    file = folder / "model.onnx"
-    export_onnx(model, plan, file)
+def _check(model: nn.Module, plan: MergePlan, images: Tensor) -> None:
+    """Compare graph and eager model at every batch size, and look into the graph."""
+    content = graph_of(pieces_of(model), plan)
     with merged(model, plan) as fast:
         expected = fast(images)
-    forward = session(file, 1)
+    forward = session(content.SerializeToString(), 1)
     for batch in BATCHES:
         _same_logits(forward(images[:batch]), expected[:batch])
-    content = onnx.load(file)
     onnx.checker.check_model(content, full_check=True)
     _only_allowed(content)
-    return content
 
 
 def _only_allowed(content: onnx.ModelProto) -> None:
@@ -108,6 +111,7 @@ def _only_allowed(content: onnx.ModelProto) -> None:
         assert not any(a.name == "to" and a.i == onnx.TensorProto.DOUBLE for a in node.attribute)
 
 
+QUICK = ("distilled", "avg_prefix")
 MATCHINGS = {
     "equal_quota": (LOCAL, Matching()),
     "free_quota": (LOCAL, Matching(quota="free")),
@@ -121,34 +125,23 @@ MATCHINGS = {
     "prune_class": (MIXED, Matching(prune_score="class", position="centroid")),
     "prune_received": (MIXED, Matching(prune_score="received", feature="kv")),
 }
-QUICK = ("equal_quota", "tuned", "received", "random_prune", "prune_class")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MATCHINGS],
-)
-def test_every_sort_of_matching_gives_the_eager_logits(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", MATCHINGS)
+def test_every_sort_of_matching_gives_the_eager_logits(name: str) -> None:
     steps, matching = MATCHINGS[name]
-    model = small_vit("class", (6, 6), len(steps) + 1)
+    model = small_vit("class", (6, 6), 4)
     plan = plan_for(model, *steps, matching=matching, last_block="prefix")
-    _check(model, plan, images_for(model, 32), tmp_path)
+    _check(model, plan, images_for(model, 32))
 
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        "distilled",
-        "avg",
-        *(
-            pytest.param(kind, marks=pytest.mark.slow)
-            for kind in ("registers", "avg_class", "avg_prefix", "layerscale", "qk_norm")
-        ),
-    ],
+    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
 )
-def test_every_kind_of_model_gives_the_eager_logits(kind: str, tmp_path: Path) -> None:
+def test_every_kind_of_model_gives_the_eager_logits(kind: str) -> None:
     model = small_vit(kind, (5, 6), 3)
-    _check(model, plan_for(model, *LOCAL, (2, "merge", 6, None)), images_for(model, 32), tmp_path)
+    _check(model, plan_for(model, *LOCAL, (2, "merge", 6, None)), images_for(model, 32))
 
 
 @pytest.mark.parametrize(
@@ -156,27 +149,35 @@ def test_every_kind_of_model_gives_the_eager_logits(kind: str, tmp_path: Path) -
     [[], [(0, "merge", 99, None), (1, "merge", 99, 2), (2, "prune", 99, None)]],
     ids=["dense", "all_there_is"],
 )
-def test_nothing_and_all_there_is_can_leave(steps: Any, tmp_path: Path) -> None:
+def test_nothing_and_all_there_is_can_leave(steps: Any) -> None:
     model = small_vit("class", (5, 5), 3)
     plan = plan_for(model, *steps, proportional_attention=False)
-    _check(model, plan, images_for(model, 32), tmp_path)
+    _check(model, plan, images_for(model, 32))
 
 
-def test_the_demo_model_gives_the_eager_logits_and_answers(tmp_path: Path) -> None:
+def test_the_demo_model_gives_the_eager_logits_and_answers() -> None:
     model, (images, labels) = create_model(), load_split("holdout")
     plan = dsm_plan(model, 30)
-    _check(model, plan, images[:32], tmp_path)
-    answers = session((tmp_path / "model.onnx").read_bytes(), 1)(images).argmax(dim=1)
+    _check(model, plan, images[:32])
+    content = graph_of(pieces_of(model), plan).SerializeToString()
+    answers = session(content, 1)(images).argmax(dim=1)
     assert (answers == labels).float().mean() > 0.9
 
 
-@pytest.mark.slow
+def test_blocks_that_are_built_alike_are_traced_once_for_all_plans() -> None:
+    pieces = Pieces(small_vit("class", (4, 4), 4))
+    for r in (1, 2):
+        graph_of(pieces, plan_for(pieces.model, (1, "merge", r, None), (2, "prune", r, None)))
+    # A stem, attention with and without sizes, an MLP half, and a head.
+    assert len(pieces._traced) == 5
+
+
 @pytest.mark.parametrize("merges", [tome_plan, dsm_plan])
-def test_a_deit_gives_the_eager_logits(merges: Any, tmp_path: Path) -> None:
+def test_a_deit_gives_the_eager_logits(merges: Any) -> None:
     torch.manual_seed(0)
     model = timm.create_model("deit_tiny_patch16_224", depth=4).eval()
     images = torch.randn(32, 3, 224, 224)
-    _check(model, merges(model, 16), images, tmp_path)
+    _check(model, merges(model, 16), images)
 
 
 def test_a_file_says_what_it_takes_and_what_it_is(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_a_merging_block_has_few_nodes(tmp_path: Path) -> None:
 @pytest.fixture
 def no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exporter that gives nothing that the checker accepts, and gives it fast."""
-    monkeypatch.setattr(exporting, "graph_of", lambda *_: onnx.ModelProto())
+    monkeypatch.setattr(graph, "graph_of", lambda *_: onnx.ModelProto())
 
 
 @pytest.mark.usefixtures("no_graph")
@@ -246,7 +247,7 @@ def test_a_file_that_cannot_be_put_in_place_leaves_nothing(
 def test_models_that_cannot_be_exported_are_refused(tmp_path: Path) -> None:
     model, file = small_vit(depth=2), tmp_path / "a.onnx"
     half = timm.create_model("vit_tiny_patch16_224", depth=1).eval().half()
-    with pytest.raises(ModelError, match=r"float32 .*, but got torch\.float16"):
+    with pytest.raises(ModelError, match=r"float32 on the CPU .*, but got torch\.float16 on cpu"):
         export_onnx(half, tome_plan(half, 4), file)
     with pytest.raises(ModelError, match="eval mode"):
         export_onnx(half.float().train(), tome_plan(half, 4), file)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsm_tune.errors import ConfigError, ModelError
-from dsm_tune.exporting.steps import view_to_trace
+from dsm_tune.errors import ConfigError, ModelError, PlanError
+from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.plan import MergePlan
 
-__all__ = ["INPUT", "OUTPUT", "PLAN_KEY", "export_onnx", "graph_of", "session"]
+__all__ = ["PLAN_KEY", "export_onnx", "opened", "session"]
 
-INPUT, OUTPUT = "pixels", "logits"
 PLAN_KEY = "dsm_tune.plan"
 NOTHING: Mapping[str, str] = {}
 LARGEST = (1 << 31) - 1  # bytes that a protobuf message can have
@@ -47,9 +45,11 @@ def export_onnx(
     """
     checker = _package("onnx", "exporting to ONNX").checker
     _package("onnxscript", "exporting to ONNX")
-    _check(model)
-    notes = {**metadata, PLAN_KEY: plan.to_json()}
-    proto = graph_of(view_to_trace(model, plan), _example(model, plan), notes)
+    from dsm_tune.runtimes.onnx.graph import graph_of
+    from dsm_tune.runtimes.onnx.pieces import Pieces
+
+    _check(model, plan)
+    proto = graph_of(Pieces(model), plan, {**metadata, PLAN_KEY: plan.to_json()})
     if proto.ByteSize() > LARGEST:
         raise ModelError(
             f"a model must have at most {LARGEST} bytes for one ONNX file, "
@@ -59,47 +59,42 @@ def export_onnx(
     _write(file, proto.SerializeToString())
 
 
-def graph_of(model: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> Any:
-    """Trace a model into an ``onnx.ModelProto``.
+def opened(
+    model: nn.Module, plans: Sequence[MergePlan], threads: int
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Open a model under each of some plans in ONNX Runtime; the model is traced once.
 
     Args:
-        model: in eval mode; the steps of a plan as :func:`view_to_trace` puts them.
-        example: [2, 3, H, W]; of one image, tracing would conclude that there is always one.
-        metadata: names and texts to put into it.
+        model: as for :func:`export_onnx`.
+        plans: made for its geometry.
+        threads: as for :func:`session`.
+
+    Yields:
+        Functions from ``pixels`` [B, 3, H, W] to ``logits`` [B, classes], float32.
+
+    Raises:
+        ConfigError: if a package is not installed.
     """
-    from dsm_tune.exporting import lowering, nodes
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        _package(name, "running a model in ONNX Runtime")
+    from dsm_tune.runtimes.onnx.graph import graph_of
+    from dsm_tune.runtimes.onnx.pieces import Pieces
 
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the exporter's own ways
-        program: Any = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            verbose=False,
-            optimize=False,  # takes longer than all the rest, for a graph no faster
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            opset_version=nodes.OPSET,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            custom_translation_table=lowering.translations(),
-        )
-    return lowering.tidied(program.model, metadata)
+    pieces = Pieces(model)
+    for plan in plans:
+        yield session(graph_of(pieces, plan).SerializeToString(), threads)
 
 
-def _check(model: nn.Module) -> None:
-    kinds = {parameter.dtype for parameter in model.parameters()}
-    if kinds != {torch.float32}:
-        raise ModelError(
-            "a model must be float32 to be exported to ONNX, "
-            f"but got {', '.join(sorted(map(str, kinds)))}"
-        )
+def _check(model: nn.Module, plan: MergePlan) -> None:
+    geometry = read_geometry(model)
+    if geometry != plan.geometry:
+        raise PlanError(f"the plan is for {plan.geometry}, but the model has {geometry}")
+    where = {(parameter.dtype, parameter.device.type) for parameter in model.parameters()}
+    if where != {(torch.float32, "cpu")}:
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in where))
+        raise ModelError(f"a model must be float32 on the CPU to become ONNX, but got {found}")
     if model.training:
-        raise ModelError("a model must be in eval mode to be exported to ONNX; call eval()")
-
-
-def _example(model: nn.Module, plan: MergePlan) -> Tensor:
-    rows, columns = (side * plan.geometry.patch for side in plan.geometry.grid)
-    return torch.zeros(2, 3, rows, columns, device=next(model.parameters()).device)
+        raise ModelError("a model must be in eval mode to become ONNX; call eval()")
 
 
 def _write(file: Path, content: bytes) -> None:
@@ -114,15 +109,17 @@ def _write(file: Path, content: bytes) -> None:
         raise
 
 
-def session(model: Path | bytes, threads: int) -> Callable[[Tensor], Tensor]:
-    """Open an exported model in ONNX Runtime on the CPU.
+def session(model: Path | bytes, threads: int) -> Callable[..., Tensor]:
+    """Open a graph in ONNX Runtime on the CPU.
 
     Args:
         model: an ONNX file, or its content.
-        threads: of one operator, >= 1.
+        threads: of one operator, >= 1. All sessions of a process that are opened for as many as
+            the first one share their threads, so that none of them waits beside another's.
 
     Returns:
-        A function from ``pixels`` [B, 3, H, W] float32 to ``logits`` [B, classes] float32.
+        A function from the graph's inputs, float32 on the CPU, in their order (a merged model has
+        one: ``pixels`` [B, 3, H, W]), to its first output.
 
     Raises:
         ConfigError: if onnxruntime is not installed or ``threads`` is less than 1.
@@ -132,7 +129,10 @@ def session(model: Path | bytes, threads: int) -> Callable[[Tensor], Tensor]:
     if threads < 1:
         raise ConfigError(f"threads must be at least 1, but got {threads}")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    if _shared_threads(onnxruntime, threads) == threads:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
     content = model if isinstance(model, bytes) else str(model)
     try:
@@ -140,11 +140,24 @@ def session(model: Path | bytes, threads: int) -> Callable[[Tensor], Tensor]:
     except Exception as error:  # its exceptions have no base of their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"an ONNX model must be readable, but got: {reason}") from None
+    names = [value.name for value in opened.get_inputs()]
 
-    def forward(pixels: Tensor) -> Tensor:
-        return torch.from_numpy(opened.run([OUTPUT], {INPUT: pixels.numpy()})[0])
+    def forward(*inputs: Tensor) -> Tensor:
+        given = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+        return torch.from_numpy(opened.run(None, given)[0])
 
     return forward
+
+
+_shared: list[int] = []
+
+
+def _shared_threads(onnxruntime: Any, threads: int) -> int:
+    """How many threads the sessions of this process share; the first session decides."""
+    if not _shared:
+        onnxruntime.set_global_thread_pool_sizes(threads, 1)
+        _shared.append(threads)
+    return _shared[0]
 
 
 def _package(name: str, purpose: str) -> Any:

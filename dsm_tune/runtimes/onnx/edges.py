@@ -1,0 +1,105 @@
+"""Which edges merge, as ONNX nodes: what :func:`dsm_tune.merging.matching.choose_edges` chooses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dsm_tune.merging.matching import PLACE_TOLERANCE
+from dsm_tune.runtimes.onnx.nodes import Builder, Layout, Value
+
+__all__ = ["edges", "unit"]
+
+NEVER = -1e30  # below every score; infinity is what some runtimes are careless with
+
+
+def edges(
+    g: Builder,
+    x: Value,
+    feature: Value,
+    size: Value,
+    place: Value,
+    received: Value,
+    options: Any,
+    layout: Layout,
+) -> Any:
+    """Even tokens in the order in which their edges are taken, and their partners: [B, a, 1]."""
+    even, odd, count = g.constant(layout.even), g.constant(layout.odd), len(layout.even)
+    scores, times = _scores(g, x, feature, size, options, layout)
+    best, partner = _largest(g, scores)
+    tiles = crosses = None
+    if layout.window:
+        tile = _tiles(g, place, layout.window)
+        tiles = g.Gather(tile, even, axis=1)
+        same = g.Equal(tiles, g.flipped(g.Gather(tile, odd, axis=1)))
+        inside, inside_partner = _largest(g, g.Where(same, scores, g.constant(NEVER, np.float32)))
+        crosses = g.Less(inside, g.constant(NEVER / 2, np.float32))
+        best = g.Where(crosses, best, inside)
+        partner = g.Where(crosses, partner, inside_partner)
+    if received is not None and options.salience:
+        bonus = g.constant(-options.salience * layout.count * times, np.float32)
+        salient = g.Unsqueeze(g.Gather(received, even, axis=1), g.integers(2))
+        best = g.Add(best, g.Mul(salient, bonus))
+    order = g.TopK(best, g.integers(count), axis=1)[1]
+    if layout.window:
+        order = _in_rounds(g, order, tiles, crosses, count, options.quota == "equal")
+    return order, partner
+
+
+def _scores(g: Builder, x: Value, feature: Value, size: Value, options: Any, layout: Layout) -> Any:
+    """Scores [B, a, b], and the number that they are a multiple by.
+
+    With a size penalty β they are divided by it: ``cosine / β + log(1 / s_a + 1 / s_b)``, for
+    ``s_a s_b / (s_a + s_b)`` is the inverse of ``1 / s_a + 1 / s_b``.
+    """
+    even, odd = g.constant(layout.even), g.constant(layout.odd)
+    level = unit(g, feature)
+    cosine = g.MatMul(g.Gather(level, even, axis=1), g.flipped(g.Gather(level, odd, axis=1)))
+    if options.size_penalty and size is not None:
+        inverse = g.Reciprocal(size)
+        across = g.Unsqueeze(g.Gather(inverse, even, axis=1), g.integers(2))
+        down = g.Unsqueeze(g.Gather(inverse, odd, axis=1), g.integers(1))
+        times = 1 / options.size_penalty
+        scaled = g.Mul(cosine, g.constant(times, np.float32))
+        return g.Add(scaled, g.Log(g.Add(across, down))), times
+    if options.feature == "random":  # one row for all images so far
+        cosine = g.Add(cosine, g.repeated(x, np.zeros((1, 1))))
+    return cosine, 1.0
+
+
+def unit(g: Builder, feature: Value) -> Value:
+    """Scale the rows of [B, N, F] to length 1; zero rows stay."""
+    length = g.ReduceL2(feature, g.integers(-1), keepdims=1)
+    return g.Div(feature, g.Max(length, g.constant(1e-6, np.float32)))
+
+
+def _largest(g: Builder, scores: Value) -> Any:
+    """Largest of each row of [B, a, b] and its index: [B, a, 1] each."""
+    return g.ReduceMax(scores, g.integers(2), keepdims=1), g.ArgMax(scores, axis=2, keepdims=1)
+
+
+def _tiles(g: Builder, place: Value, window: int) -> Value:
+    """Number of the tile in which each place is: [B, N, 1]."""
+    shifted = g.Add(place, g.constant(PLACE_TOLERANCE, np.float32))
+    corner = g.Floor(g.Div(shifted, g.constant(window, np.float32)))
+    return g.MatMul(corner, g.constant([[4096.0], [1.0]], np.float32))
+
+
+def _in_rounds(
+    g: Builder, order: Value, tiles: Value, crosses: Value, count: int, equal: bool
+) -> Value:
+    """Reorder [B, a, 1]: one edge of each tile per round, or as they are; crossing edges last."""
+    crossing = g.GatherElements(g.Cast(crosses, to=1), order, axis=1)
+    turn = g.Mul(crossing, g.constant(count, np.float32))
+    if equal:
+        # A crossing edge stands in no tile, so that it delays no other.
+        aside = g.Mul(crossing, g.constant(-1e9, np.float32))
+        ranked = g.Add(g.GatherElements(tiles, order, axis=1), aside)
+        earlier = g.constant(np.tri(count, k=-1), np.bool_)
+        before = g.Cast(g.And(g.Equal(ranked, g.flipped(ranked)), earlier), to=1)
+        turn = g.Add(turn, g.ReduceSum(before, g.integers(2), keepdims=1))
+    # Within a round the order stays; distinct keys leave no tie to the runtime.
+    key = g.Mul(turn, g.constant(count, np.float32))
+    key = g.Add(key, g.constant(np.arange(count)[:, None], np.float32))
+    return g.GatherElements(order, g.TopK(key, g.integers(count), axis=1, largest=0)[1], axis=1)

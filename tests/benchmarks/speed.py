@@ -38,6 +38,9 @@ from dsm_tune.runtimes.forwards import forward_of
 Forward = Callable[[Tensor], Tensor]
 Times = dict[str, list[float]]
 
+STAY_EAGER = ("dense, eager", "ToMe, plain loop")  # also where the others run in ONNX Runtime
+REST = 0.05  # seconds for torch's threads to stop waiting for work, beside another library's
+
 
 def embed(model: Any, x: Tensor) -> Tensor:
     """What enters the first block."""
@@ -149,7 +152,7 @@ def calls_of(
     calls: dict[str, Callable[[], object]] = {}
     graphs = Graphs(model)
     for name, (plan, run) in compared.items():
-        if name in ("dense, eager", "ToMe, plain loop"):
+        if name in STAY_EAGER:
             calls[name] = forward_of(run, x)
         else:
             graph = graphs.floor(plan) if name.endswith(" floor") else graphs.merged(plan)
@@ -200,6 +203,8 @@ def measure(calls: dict[str, Callable[[], object]], x: Tensor, seconds: float) -
     while time.monotonic() - start < seconds or len(found["dense"]) < 7:
         for name, call in warm.items():
             found[name].append(call().ms)
+            if name in STAY_EAGER:
+                time.sleep(REST)
     return found
 
 

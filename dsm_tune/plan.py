@@ -177,6 +177,12 @@ class Matching:
         """Whether a merge step looks at the attention that tokens receive."""
         return self.salience > 0 or self.attention_weight > 0
 
+    def attention_for(self, kind: str) -> str | None:
+        """Whose attention a step of a kind looks at: ``class``, ``received``, or ``None``."""
+        if kind == "prune":
+            return None if self.prune_score == "norm" else self.prune_score
+        return self.attention if self.needs_attention else None
+
     def feature_width(self, geometry: Geometry) -> int:
         """Channels of the compared feature."""
         per_head = geometry.width // geometry.heads
@@ -255,12 +261,11 @@ class MergePlan:
         self._check_last_block()
 
     def _check_attention(self) -> None:
-        scores = (
-            {self.matching.prune_score} if any(s.kind == "prune" for s in self.steps) else set()
-        )
-        if self.matching.needs_attention:
-            scores.add(self.matching.attention)
-        if "class" in scores and not self.geometry.prefix:
+        kinds = {"merge", *(step.kind for step in self.steps)}
+        if (
+            "class" in {self.matching.attention_for(kind) for kind in kinds}
+            and not self.geometry.prefix
+        ):
             raise PlanError(
                 "matching.attention and matching.prune_score must not be 'class' for a model "
                 "without a class token; 'received' is accepted"
@@ -327,6 +332,17 @@ class MergePlan:
                 window = step.window if local and step.kind == "merge" else None
                 active.append(dataclasses.replace(step, r=r, window=window))
         return tuple(active)
+
+    @property
+    def last_local(self) -> int:
+        """The last block that merges within windows; -1 if none does."""
+        return max((step.block for step in self.active_steps if step.window), default=-1)
+
+    @property
+    def pools_by_size(self) -> bool:
+        """Whether the head takes a mean over tokens that have sizes."""
+        merges = any(step.kind == "merge" for step in self.active_steps)
+        return self.geometry.head == "avg" and merges
 
     @cached_property
     def digest(self) -> str:
@@ -457,8 +473,8 @@ def _block_macs(plan: MergePlan, block: int, step: Step | None) -> int:
 
 def step_macs(g: Geometry, matching: Matching, kind: str, n: int) -> int:
     """Multiply-adds of the products that choose what leaves, from ``n`` tokens."""
-    attention_macs = {"class": n * g.width, "received": n * n * g.width}
+    whose = matching.attention_for(kind)
+    macs = {None: 0, "class": n * g.width, "received": n * n * g.width}[whose]
     if kind == "prune":
-        return attention_macs.get(matching.prune_score, 0)
-    macs = math.ceil(n / 2) * (n // 2) * matching.feature_width(g)
-    return macs + (attention_macs[matching.attention] if matching.needs_attention else 0)
+        return macs
+    return macs + math.ceil(n / 2) * (n // 2) * matching.feature_width(g)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +24,7 @@ from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.plan import FEATURES, Geometry, Matching, MergePlan
 from dsm_tune.profile import DeviceProfile, fingerprint_of
 from dsm_tune.results import LatencyMs
+from dsm_tune.runtimes.onnx.files import need_packages
 from dsm_tune.searching import engine
 from dsm_tune.searching.engine import Cluster
 
@@ -164,12 +164,7 @@ def _check_runtime(config: TuneConfig, device: str) -> None:
         raise ConfigError(
             f"--runtime onnx must run in float32 on the CPU, but got {config.dtype} on {device}"
         )
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"--runtime onnx needs the package {name}, which is not installed here; "
-                "python -m pip install 'dsm-tune[onnx]' installs it"
-            )
+    need_packages("--runtime onnx")
 
 
 def _patience(geometry: Geometry) -> float:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsm_tune.measuring.parts import given, step_plans
+from dsm_tune.measuring.parts import Named, step_plans, tokens_for
 from dsm_tune.merging import backbone
 from dsm_tune.plan import Matching
-from dsm_tune.runtimes.forwards import Call
 from dsm_tune.runtimes.onnx.files import session
 from dsm_tune.runtimes.onnx.graph import take_step
-from dsm_tune.runtimes.onnx.nodes import Builder, Layout, Value
+from dsm_tune.runtimes.onnx.nodes import Builder, Layout, State, Value
 from dsm_tune.runtimes.onnx.pieces import BATCH, TOKENS, Pieces
 
 __all__ = ["OnnxParts"]
 
-Draw = Callable[[Builder, Pieces, Value, Value], Value]  # of tokens and sizes
+Draw = Callable[[Builder, Value, Value], Value]  # of tokens and sizes
 
 
 class OnnxParts:
@@ -38,24 +37,29 @@ class OnnxParts:
         self.threads = torch.get_num_threads()
         self._opened: dict[str, Callable[..., Tensor]] = {}  # those that take any token count
 
-    def calls(
-        self, model: nn.Module, pixels: Tensor, count: int, matchings: Sequence[Matching]
-    ) -> Iterable[tuple[str, Call]]:
-        """As :func:`~dsm_tune.measuring.parts.part_calls` does, for the model that is known."""
-        geometry = self.pieces.geometry
-        middle, tokens = geometry.depth // 2, given(geometry, self.pixels, count)
+    def calls(self, count: int, matchings: Sequence[Matching]) -> Named:
+        """Name each part at a token count and give a call that runs it.
+
+        Args:
+            count: tokens, prefix included.
+            matchings: whose features and terms are timed.
+        """
+        pieces, geometry = self.pieces, self.pieces.geometry
+        middle, tokens = geometry.depth // 2, tokens_for(geometry, self.pixels, count)
         parts: dict[str, Draw] = {
-            "attention": lambda g, p, x, size: p.attend(g, middle, x, None)[0],
-            "attention_sized": lambda g, p, x, size: p.attend(g, middle, x, g.Log(size))[0],
-            "mlp": lambda g, p, x, size: p.feed_forward(g, middle, x),
-            "head": lambda g, p, x, size: p.head(g, x, None),
+            "attention": lambda g, x, size: pieces.attend(g, middle, x, None)[0],
+            "attention_sized": lambda g, x, size: pieces.attend(g, middle, x, g.Log(size))[0],
+            "mlp": lambda g, x, size: pieces.feed_forward(g, middle, x),
+            "head": lambda g, x, size: pieces.head(g, x, None),
         }
         if geometry.reads_prefix_only:
-            parts["prefix_block"] = lambda g, p, x, size: p.prefix_block(g, middle, x, g.Log(size))
+            parts["prefix_block"] = lambda g, x, size: pieces.prefix_block(
+                g, middle, x, g.Log(size)
+            )
         for name, draw in parts.items():
             if name not in self._opened:
                 self._opened[name] = self._open(draw)
-            yield name, partial(self._opened[name], tokens.x, tokens.size)
+            yield name, partial(self._opened[name], *tokens)
         if "stem" not in self._opened:
             self._opened["stem"] = self._open_stem()
         yield "stem", partial(self._opened["stem"], self.pixels)
@@ -64,7 +68,7 @@ class OnnxParts:
     def _open(self, draw: Draw) -> Callable[..., Tensor]:
         g, width = Builder(), self.pieces.geometry.width
         x, size = g.input("x", BATCH, TOKENS, width), g.input("size", BATCH, TOKENS)
-        return self._session(g, draw(g, self.pieces, x, size))
+        return self._session(g, draw(g, x, size))
 
     def _open_stem(self) -> Callable[..., Tensor]:
         g = Builder()
@@ -78,14 +82,14 @@ class OnnxParts:
         return BATCH, *values.shape[1:]
 
     @torch.inference_mode()
-    def _steps(self, count: int, matchings: Sequence[Matching]) -> Iterable[tuple[str, Call]]:
+    def _steps(self, count: int, matchings: Sequence[Matching]) -> Named:
         geometry = self.pieces.geometry
-        tokens = given(geometry, self.pixels, count)
+        tokens, sizes = tokens_for(geometry, self.pixels, count)
         block = self.model.blocks[geometry.depth // 2]
-        parts = backbone.attend(block, tokens.x, None)[1]
+        parts = backbone.attend(block, tokens, None)[1]
         projections = [one.contiguous() for one in (parts.q, parts.k, parts.v)]
         shares = (projections[0] @ projections[1].mT * parts.scale).softmax(dim=-1)
-        inputs = tokens.x, tokens.size, *projections, shares
+        inputs = tokens, sizes, *projections, shares
         for name, plan in step_plans(geometry, count, matchings):
             g = Builder()
             names = "x", "size", "q", "k", "v", "shares"
@@ -95,5 +99,5 @@ class OnnxParts:
             step = plan.active_steps[0]
             place = g.repeated(x, Layout(plan, 0).places()) if step.window else None
             of_block = backbone.Projections(q, k, v, parts.scale)
-            state = take_step(g, plan, step, (x, size, place), of_block, seen)
+            state = take_step(g, plan, step, State(x, size, place), of_block, seen)
             yield name, partial(self._session(g, *state[:2]), *inputs)

@@ -16,38 +16,30 @@ from dsm_tune.merging.merged import MergedBlocks
 from dsm_tune.plan import ATTENTIONS, Geometry, Matching, MergePlan, Step
 from dsm_tune.runtimes.forwards import Call, prepared
 
-__all__ = ["Given", "given", "part_calls", "step_plans"]
+__all__ = ["Named", "part_calls", "step_plans", "tokens_for"]
 
-Named = Iterable[tuple[str, Call]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Given:
-    """What parts are timed on: [B, N, C] tokens, and their sizes [B, N], all 1."""
-
-    x: Tensor
-    size: Tensor
+Named = Iterable[tuple[str, Call]]  # parts of a profile, and what runs them
 
 
-def given(geometry: Geometry, pixels: Tensor, count: int) -> Given:
-    """Random tokens, as many images as in ``pixels``, where these are."""
+def tokens_for(geometry: Geometry, pixels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What parts are timed on: random tokens [B, N, C], and their sizes [B, N], all 1."""
     generator = torch.Generator().manual_seed(count)
     x = torch.randn(len(pixels), count, geometry.width, generator=generator)
     size = torch.ones(len(pixels), count, device=pixels.device)
-    return Given(x.to(pixels.device, pixels.dtype), size)
+    return x.to(pixels.device, pixels.dtype), size
 
 
 def part_calls(
-    model: nn.Module, pixels: Tensor, count: int, matchings: Sequence[Matching], *, runtime: str
+    model: nn.Module, pixels: Tensor, runtime: str, count: int, matchings: Sequence[Matching]
 ) -> Named:
     """Name each part at a token count and give a call that runs it, eager or captured.
 
     Args:
         model: in evaluation mode, on its device and in its dtype.
         pixels: [B, 3, H, W], likewise.
+        runtime: as of :func:`~dsm_tune.runtimes.forwards.prepared`.
         count: tokens, prefix included.
         matchings: whose features and terms are timed.
-        runtime: as of :func:`~dsm_tune.runtimes.forwards.prepared`.
     """
     for name, call in _eager_calls(model, pixels, count, matchings):
         yield name, prepared(call, runtime)
@@ -58,8 +50,8 @@ def _eager_calls(
 ) -> Named:
     parts: Any = model
     geometry = backbone.read_geometry(model)
-    block, tokens = parts.blocks[geometry.depth // 2], given(geometry, pixels, count)
-    x, size = tokens.x, tokens.size
+    block = parts.blocks[geometry.depth // 2]
+    x, size = tokens_for(geometry, pixels, count)
     log_size = size.log()
     yield "attention", partial(backbone.attend, block, x, None)
     yield "attention_sized", lambda: backbone.attend(block, x, size.log())

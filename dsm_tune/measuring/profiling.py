@@ -7,7 +7,7 @@ import importlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dsm_tune import schedules
 from dsm_tune.measuring.latency import Lap, Timing, interleave, timer_for, when_warm
-from dsm_tune.measuring.parts import part_calls
+from dsm_tune.measuring.parts import Named, part_calls
 from dsm_tune.merging import backbone
 from dsm_tune.plan import Geometry, Matching, MergePlan
 from dsm_tune.profile import DeviceProfile
@@ -84,7 +84,7 @@ def measure_profile(
     calls: dict[tuple[str, int], Call] = {
         (part, i): call
         for i, count in enumerate(counts)
-        for part, call in parts_of(model, pixels, count, matchings)
+        for part, call in parts_of(count, matchings)
     }
     # Whole plans are timed in the same rounds as the parts: a machine that slows down slows both.
     plans = _calibration_plans(geometry)
@@ -111,9 +111,9 @@ def measure_profile(
 
 def _parts_of(
     model: nn.Module, pixels: Tensor, runtime: str
-) -> Callable[..., Iterable[tuple[str, Call]]]:
+) -> Callable[[int, Sequence[Matching]], Named]:
     if runtime != "onnx":
-        return partial(part_calls, runtime=runtime)
+        return partial(part_calls, model, pixels, runtime)
     from dsm_tune.measuring.onnx_parts import OnnxParts  # its packages may be absent
 
     return OnnxParts(model, pixels).calls

@@ -29,7 +29,7 @@ class MergedBlocks(nn.Sequential):
         super().__init__(*nn.Sequential.__iter__(blocks))
         self.plan = plan
         self.steps = {step.block: step for step in plan.active_steps}
-        self.last_local = max((s.block for s in self.steps.values() if s.window), default=-1)
+        self.last_local = plan.last_local
         self.final_norm: Any = None
         self.pooled_from = 0
         if plan.matching.feature == "random":
@@ -92,10 +92,9 @@ class MergedBlocks(nn.Sequential):
         options, prefix = self.plan.matching, self.plan.geometry.prefix
         if step.block <= self.last_local and tokens.place is None:
             tokens = dataclasses.replace(tokens, place=self._places(tokens.x))
-        attention = options.prune_score if step.kind == "prune" else options.attention
-        received = None
-        if attention != "norm" and (step.kind == "prune" or options.needs_attention):
-            received = scores.attention_to(attention, parts, log_size)
+        whose, received = options.attention_for(step.kind), None
+        if whose is not None:
+            received = scores.attention_to(whose, parts, log_size)
         if step.kind == "prune" and received is not None:
             return joining.prune(tokens, received[:, prefix:], step.r, prefix)
         if options.feature == "random":
@@ -201,7 +200,7 @@ def apply(model: nn.Module, plan: MergePlan) -> Callable[[], None]:
     for name, buffer in merged_blocks.named_buffers(recurse=False):
         setattr(merged_blocks, name, buffer.to(device))
     norm = parts.norm
-    if geometry.head == "avg" and any(step.kind == "merge" for step in plan.active_steps):
+    if plan.pools_by_size:
         # No child of the blocks, or it would appear in the state_dict twice.
         object.__setattr__(merged_blocks, "final_norm", norm)
         merged_blocks.pooled_from = 0 if parts.pool_include_prefix else geometry.prefix

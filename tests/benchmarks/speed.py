@@ -42,18 +42,12 @@ STAY_EAGER = ("dense, eager", "ToMe, plain loop")  # also where the others run i
 REST = 0.05  # seconds for torch's threads to stop waiting for work, beside another library's
 
 
-def embed(model: Any, x: Tensor) -> Tensor:
-    """What enters the first block."""
-    tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
-    return tokens
-
-
 def slice_floor(model: Any, plan: MergePlan) -> Forward:
     """The forward of a plan whose merges are free: tokens are cut off instead."""
     blocks = list(model.blocks)
 
     def forward(images: Tensor) -> Tensor:
-        x = embed(model, images)
+        x = backbone.stem(model, images)
         for index, block in enumerate(blocks):
             if plan.last_block == "prefix" and index == len(blocks) - 1:
                 x = backbone.attend_prefix(block, x, None, plan.geometry.prefix)
@@ -73,7 +67,7 @@ def plain_tome(model: Any, r: int) -> Forward:
     blocks = list(model.blocks)
 
     def forward(images: Tensor) -> Tensor:
-        x = embed(model, images)
+        x = backbone.stem(model, images)
         size = torch.ones_like(x[..., :1])
         for block in blocks:
             x, size = plain_block(block, x, size, r)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from dsm_tune.merging.matching import PLACE_TOLERANCE
-from dsm_tune.runtimes.onnx.nodes import Builder, Layout, Value
+from dsm_tune.plan import Matching
+from dsm_tune.runtimes.onnx.nodes import Builder, Layout, State, Value
 
 __all__ = ["edges", "unit"]
 
@@ -15,22 +16,15 @@ NEVER = -1e30  # below every score; infinity is what some runtimes are careless 
 
 
 def edges(
-    g: Builder,
-    x: Value,
-    feature: Value,
-    size: Value,
-    place: Value,
-    received: Value,
-    options: Any,
-    layout: Layout,
+    g: Builder, state: State, feature: Value, received: Value, options: Matching, layout: Layout
 ) -> Any:
     """Even tokens in the order in which their edges are taken, and their partners: [B, a, 1]."""
     even, odd, count = g.constant(layout.even), g.constant(layout.odd), len(layout.even)
-    scores, times = _scores(g, x, feature, size, options, layout)
+    scores, times = _scores(g, feature, state.size, options, layout)
     best, partner = _largest(g, scores)
     tiles = crosses = None
     if layout.window:
-        tile = _tiles(g, place, layout.window)
+        tile = _tiles(g, state.place, layout.window)
         tiles = g.Gather(tile, even, axis=1)
         same = g.Equal(tiles, g.flipped(g.Gather(tile, odd, axis=1)))
         inside, inside_partner = _largest(g, g.Where(same, scores, g.constant(NEVER, np.float32)))
@@ -47,7 +41,7 @@ def edges(
     return order, partner
 
 
-def _scores(g: Builder, x: Value, feature: Value, size: Value, options: Any, layout: Layout) -> Any:
+def _scores(g: Builder, feature: Value, size: Value, options: Matching, layout: Layout) -> Any:
     """Scores [B, a, b], and the number that they are a multiple by.
 
     With a size penalty β they are divided by it: ``cosine / β + log(1 / s_a + 1 / s_b)``, for
@@ -63,8 +57,6 @@ def _scores(g: Builder, x: Value, feature: Value, size: Value, options: Any, lay
         times = 1 / options.size_penalty
         scaled = g.Mul(cosine, g.constant(times, np.float32))
         return g.Add(scaled, g.Log(g.Add(across, down))), times
-    if options.feature == "random":  # one row for all images so far
-        cosine = g.Add(cosine, g.repeated(x, np.zeros((1, 1))))
     return cosine, 1.0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +16,10 @@ from dsm_tune.errors import ConfigError, ModelError, PlanError
 from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.plan import MergePlan
 
-__all__ = ["PLAN_KEY", "export_onnx", "opened", "session"]
+__all__ = ["PLAN_KEY", "export_onnx", "need_packages", "opened", "session"]
 
 PLAN_KEY = "dsm_tune.plan"
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 NOTHING: Mapping[str, str] = {}
 LARGEST = (1 << 31) - 1  # bytes that a protobuf message can have
 
@@ -43,8 +44,9 @@ def export_onnx(
         PlanError: if the plan is for another geometry.
         OSError: if the file cannot be written.
     """
-    checker = _package("onnx", "exporting to ONNX").checker
-    _package("onnxscript", "exporting to ONNX")
+    need_packages("exporting to ONNX", "onnx", "onnxscript")
+    from onnx import checker
+
     from dsm_tune.runtimes.onnx.graph import graph_of
     from dsm_tune.runtimes.onnx.pieces import Pieces
 
@@ -75,8 +77,7 @@ def opened(
     Raises:
         ConfigError: if a package is not installed.
     """
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        _package(name, "running a model in ONNX Runtime")
+    need_packages("running a model in ONNX Runtime")
     from dsm_tune.runtimes.onnx.graph import graph_of
     from dsm_tune.runtimes.onnx.pieces import Pieces
 
@@ -125,7 +126,9 @@ def session(model: Path | bytes, threads: int) -> Callable[..., Tensor]:
         ConfigError: if onnxruntime is not installed or ``threads`` is less than 1.
         ModelError: if the file is no model that ONNX Runtime can open.
     """
-    onnxruntime = _package("onnxruntime", "running an ONNX file")
+    need_packages("running an ONNX file", "onnxruntime")
+    import onnxruntime
+
     if threads < 1:
         raise ConfigError(f"threads must be at least 1, but got {threads}")
     options = onnxruntime.SessionOptions()
@@ -160,11 +163,19 @@ def _shared_threads(onnxruntime: Any, threads: int) -> int:
     return _shared[0]
 
 
-def _package(name: str, purpose: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ConfigError(
-            f"{purpose} needs the package {name}, which is not installed here; "
-            "python -m pip install 'dsm-tune[onnx]' installs it"
-        ) from None
+def need_packages(purpose: str, *names: str) -> None:
+    """Refuse what needs packages, of the extra ``onnx``, that are not installed.
+
+    Args:
+        purpose: what the line begins with.
+        names: of the packages; all if none is given.
+
+    Raises:
+        ConfigError: naming the first that is absent, and what installs it.
+    """
+    for name in names or PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"{purpose} needs the package {name}, which is not installed here; "
+                "python -m pip install 'dsm-tune[onnx]' installs it"
+            )

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
 import onnx
 
 from dsm_tune.merging.backbone import Projections
 from dsm_tune.merging.merged import random_feature
 from dsm_tune.plan import MergePlan, Step
 from dsm_tune.runtimes.onnx import steps
-from dsm_tune.runtimes.onnx.nodes import Builder, Layout, Value
+from dsm_tune.runtimes.onnx.nodes import Builder, Layout, State, Value
 from dsm_tune.runtimes.onnx.pieces import BATCH, Pieces
 
 __all__ = ["INPUT", "OUTPUT", "graph_of", "take_step"]
 
 INPUT, OUTPUT = "pixels", "logits"
-State = tuple[Value, Value, Value]  # tokens [B, N, C], sizes [B, N] and places [B, N, 2] or None
 
 
 def graph_of(
@@ -36,7 +33,6 @@ def graph_of(
     x = pieces.stem(g, g.input(INPUT, BATCH, 3, rows, columns))
     size = place = None
     taken = {step.block: step for step in plan.active_steps}
-    last_local = max((step.block for step in taken.values() if step.window), default=-1)
     for index in range(geometry.depth):
         weighed = plan.proportional_attention and size is not None
         log_size = g.Log(size) if weighed else None
@@ -45,14 +41,13 @@ def graph_of(
             continue
         x, parts, shares = pieces.attend(g, index, x, log_size)
         if index in taken:
-            if index <= last_local and place is None:
+            if index <= plan.last_local and place is None:
                 place = g.repeated(x, Layout(plan, index).places())
-            step, state = taken[index], (x, size, place)
-            x, size, place = take_step(g, plan, step, state, parts, shares)
-            place = place if index < last_local else None
+            state = State(x, size, place)
+            x, size, place = take_step(g, plan, taken[index], state, parts, shares)
+            place = place if index < plan.last_local else None
         x = pieces.feed_forward(g, index, x)
-    pooled = geometry.head == "avg" and any(step.kind == "merge" for step in taken.values())
-    logits = pieces.head(g, x, size if pooled else None)
+    logits = pieces.head(g, x, size if plan.pools_by_size else None)
     sides = BATCH, geometry.classes or geometry.width
     return g.model({OUTPUT: (logits, sides)}, metadata or {})
 
@@ -66,24 +61,20 @@ def take_step(
         g: where the nodes are put.
         plan: of which it is a step.
         step: merges or prunes.
-        state: tokens, sizes, places.
+        state: what enters the step.
         parts: projections of the block: [B, H, N, d] each.
         shares: attention of the block: [B, H, N, N].
     """
-    options, layout, (x, size, place) = plan.matching, Layout(plan, step.block), state
-    merges = step.kind == "merge"
-    whose = options.attention if merges else options.prune_score
-    received = None
-    if whose != "norm" and (not merges or options.needs_attention):
+    options, layout, merges = plan.matching, Layout(plan, step.block), step.kind == "merge"
+    whose, received = options.attention_for(step.kind), None
+    if whose is not None:
         received = steps.received_by(g, shares, whose)
     if not merges and received is not None:
-        return steps.prune(g, x, received, size, place, layout)
+        return steps.prune(g, state, received, layout)
     if options.feature == "random":
-        feature = g.constant(random_feature(plan, step).numpy(), np.float32)
-        feature = feature if merges else g.repeated(x, feature.const_value.numpy()[0])
+        feature = g.repeated(state.x, random_feature(plan, step)[0].numpy())
     else:
-        feature = steps.feature_of(g, options.feature, x, parts, level=merges)
+        feature = steps.feature_of(g, options.feature, state.x, parts, level=merges)
     if merges:
-        return steps.merge(g, x, feature, size, place, received, options, layout)
-    worth: Any = g.ReduceL2(feature, g.integers(2), keepdims=0)
-    return steps.prune(g, x, worth, size, place, layout)
+        return steps.merge(g, state, feature, received, options, layout)
+    return steps.prune(g, state, g.ReduceL2(feature, g.integers(2), keepdims=0), layout)

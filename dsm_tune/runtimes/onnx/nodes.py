@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 
 from dsm_tune.plan import MergePlan
 
-__all__ = ["OPSET", "Builder", "Layout", "Value"]
+__all__ = ["OPSET", "Builder", "Layout", "State", "Value"]
 
 OPSET = 20  # the first with Gelu as one operator, and one that TensorRT 10 reads
 SEVERAL = {"TopK": 2}  # outputs of operators that have more than one
@@ -21,6 +21,14 @@ FLOAT = onnx_ir.DataType.FLOAT
 
 Value = Any  # a tensor of the graph
 Sides = tuple[int | str, ...]  # of a tensor; a text names one of any length
+
+
+class State(NamedTuple):
+    """The tokens between two blocks: [B, N, C]; their sizes [B, N] and places [B, N, 2] or None."""
+
+    x: Value
+    size: Value
+    place: Value
 
 
 class Builder:

@@ -84,9 +84,14 @@ class Pieces:
         key = f"{part!r} of {len(values)}"
         if key not in self._traced:
             self._traced[key] = _trace(part.eval(), examples)
+        graph = self._traced[key]
         tensors = {**dict(part.named_parameters()), **dict(part.named_buffers())}
-        shared = {name: onnx_ir.tensor(one.detach().numpy()) for name, one in tensors.items()}
-        return g.splice(self._traced[key], values, shared, scope)
+        shared = {
+            name: onnx_ir.tensor(tensors[name].detach().numpy())
+            for name in graph.initializers
+            if name in tensors
+        }
+        return g.splice(graph, values, shared, scope)
 
 
 class _Stem(nn.Module):

@@ -13,7 +13,7 @@ import numpy as np
 from dsm_tune.merging.backbone import Projections
 from dsm_tune.plan import Matching
 from dsm_tune.runtimes.onnx.edges import edges, unit
-from dsm_tune.runtimes.onnx.nodes import Builder, Layout, Value
+from dsm_tune.runtimes.onnx.nodes import Builder, Layout, State, Value
 
 __all__ = ["feature_of", "merge", "prune", "received_by"]
 
@@ -42,10 +42,9 @@ def feature_of(g: Builder, kind: str, x: Value, parts: Projections, *, level: bo
     return g.Concat(*[unit(g, half) if level else half for half in halves], axis=2)
 
 
-def prune(
-    g: Builder, x: Value, scores: Value, size: Value, place: Value, layout: Layout
-) -> tuple[Value, Value, Value]:
-    """Keep the patch tokens with the highest scores, in order: tokens, sizes, places."""
+def prune(g: Builder, state: State, scores: Value, layout: Layout) -> State:
+    """Keep the patch tokens with the highest scores, in order."""
+    x, size, place = state
     prefix, left = layout.prefix, layout.count - layout.prefix - layout.r
     best = g.TopK(g.cut(scores, prefix, layout.count), g.integers(left), axis=1)[1]
     kept = g.Unsqueeze(g.Add(g.ascending(best, left), g.constant(prefix)), g.integers(2))
@@ -55,21 +54,15 @@ def prune(
 
     if size is not None:
         size = g.Squeeze(keep(g.Unsqueeze(size, g.integers(2))), g.integers(2))
-    return keep(x), size, None if place is None else keep(place)
+    return State(keep(x), size, None if place is None else keep(place))
 
 
 def merge(
-    g: Builder,
-    x: Value,
-    feature: Value,
-    size: Value,
-    place: Value,
-    received: Value,
-    options: Matching,
-    layout: Layout,
-) -> tuple[Value, Value, Value]:
-    """Match, then merge, as ``dsm_tune.merging`` does it: tokens, sizes, places."""
-    order, partner = edges(g, x, feature, size, place, received, options, layout)
+    g: Builder, state: State, feature: Value, received: Value, options: Matching, layout: Layout
+) -> State:
+    """Match, then merge, as ``dsm_tune.merging`` does it."""
+    x, size, place = state
+    order, partner = edges(g, state, feature, received, options, layout)
     source, kept, target = _parted(g, order, partner, layout)
     arrives = g.Cast(g.Equal(target, g.constant(np.arange(len(layout.odd)))), to=1)
     weight = _weight(g, received, options, layout)
@@ -98,7 +91,7 @@ def merge(
     else:
         known = g.Unsqueeze(size, g.integers(2))
     new_size = g.Squeeze(join(known, g.flipped(total)), g.integers(2))
-    return join(x, mean(x, options.norm)), new_size, place
+    return State(join(x, mean(x, options.norm)), new_size, place)
 
 
 def _parted(g: Builder, order: Value, partner: Value, layout: Layout) -> Any:

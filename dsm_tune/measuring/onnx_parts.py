@@ -48,13 +48,15 @@ class OnnxParts:
         middle, tokens = geometry.depth // 2, tokens_for(geometry, self.pixels, count)
         parts: dict[str, Draw] = {
             "attention": lambda g, x, size: pieces.attend(g, middle, x, None)[0],
-            "attention_sized": lambda g, x, size: pieces.attend(g, middle, x, g.Log(size))[0],
+            "attention_sized": lambda g, x, size: pieces.attend(
+                g, middle, x, g.Log(g.column(size))
+            )[0],
             "mlp": lambda g, x, size: pieces.feed_forward(g, middle, x),
             "head": lambda g, x, size: pieces.head(g, x, None),
         }
         if geometry.reads_prefix_only:
             parts["prefix_block"] = lambda g, x, size: pieces.prefix_block(
-                g, middle, x, g.Log(size)
+                g, middle, x, g.Log(g.column(size))
             )
         for name, draw in parts.items():
             if name not in self._opened:
@@ -99,5 +101,5 @@ class OnnxParts:
             step = plan.active_steps[0]
             place = g.repeated(x, Layout(plan, 0).places()) if step.window else None
             of_block = backbone.Projections(q, k, v, parts.scale)
-            state = take_step(g, plan, step, State(x, size, place), of_block, seen)
+            state = take_step(g, plan, step, State(x, g.column(size), place), of_block, seen)
             yield name, partial(self._session(g, *state[:2]), *inputs)

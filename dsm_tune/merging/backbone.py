@@ -137,8 +137,8 @@ def _through(module: Any, x: Tensor) -> Tensor:
 
 
 def _attention_output(block: Block, parts: Projections, log_size: Tensor | None) -> Tensor:
-    attn = block.attn
-    bias = None if log_size is None else log_size.to(parts.q.dtype)[:, None, None, :]
+    attn, (batch, _, count, _) = block.attn, parts.k.shape
+    bias = None if log_size is None else log_size.to(parts.q.dtype).view(batch, 1, 1, count)
     dropout = attn.attn_drop.p if attn.training else 0.0
     heads = F.scaled_dot_product_attention(
         parts.q, parts.k, parts.v, attn_mask=bias, dropout_p=dropout, scale=parts.scale

@@ -17,28 +17,30 @@ NEVER = -1e30  # below every score; infinity is what some runtimes are careless 
 
 def edges(
     g: Builder, state: State, feature: Value, received: Value, options: Matching, layout: Layout
-) -> Any:
-    """Even tokens in the order in which their edges are taken, and their partners: [B, a, 1]."""
-    even, odd, count = g.constant(layout.even), g.constant(layout.odd), len(layout.even)
+) -> tuple[Value, Value]:
+    """The edges that merge: sources among the even tokens, targets among the odd: [B, r] each."""
+    even, odd = g.constant(layout.even), g.constant(layout.odd)
     scores, times = _scores(g, feature, state.size, options, layout)
     best, partner = _largest(g, scores)
     tiles = crosses = None
     if layout.window:
         tile = _tiles(g, state.place, layout.window)
         tiles = g.Gather(tile, even, axis=1)
-        same = g.Equal(tiles, g.flipped(g.Gather(tile, odd, axis=1)))
-        inside, inside_partner = _largest(g, g.Where(same, scores, g.constant(NEVER, np.float32)))
-        crosses = g.Less(inside, g.constant(NEVER / 2, np.float32))
-        best = g.Where(crosses, best, inside)
-        partner = g.Where(crosses, partner, inside_partner)
+        across, down = g.column(tiles), g.row(g.Gather(tile, odd, axis=1))
+        inside = g.Where(g.Equal(across, down), scores, g.constant(NEVER, np.float32))
+        best_inside, partner_inside = _largest(g, inside)
+        crosses = g.Less(best_inside, g.constant(NEVER / 2, np.float32))
+        best = g.Where(crosses, best, best_inside)
+        partner = g.Where(crosses, partner, partner_inside)
     if received is not None and options.salience:
         bonus = g.constant(-options.salience * layout.count * times, np.float32)
-        salient = g.Unsqueeze(g.Gather(received, even, axis=1), g.integers(2))
-        best = g.Add(best, g.Mul(salient, bonus))
-    order = g.TopK(best, g.integers(count), axis=1)[1]
+        best = g.Add(best, g.Mul(g.Gather(received, even, axis=1), bonus))
     if layout.window:
-        order = _in_rounds(g, order, tiles, crosses, count, options.quota == "equal")
-    return order, partner
+        order = g.TopK(best, g.integers(len(layout.even)), axis=1)[1]
+        order = _in_rounds(g, order, tiles, crosses, layout, options.quota == "equal")
+    else:
+        order = g.TopK(best, g.integers(layout.r), axis=1)[1]
+    return order, g.GatherElements(partner, order, axis=1)
 
 
 def _scores(g: Builder, feature: Value, size: Value, options: Matching, layout: Layout) -> Any:
@@ -52,36 +54,35 @@ def _scores(g: Builder, feature: Value, size: Value, options: Matching, layout: 
     cosine = g.MatMul(g.Gather(level, even, axis=1), g.flipped(g.Gather(level, odd, axis=1)))
     if options.size_penalty and size is not None:
         inverse = g.Reciprocal(size)
-        across = g.Unsqueeze(g.Gather(inverse, even, axis=1), g.integers(2))
-        down = g.Unsqueeze(g.Gather(inverse, odd, axis=1), g.integers(1))
+        across, down = (g.Gather(inverse, half, axis=1) for half in (even, odd))
         times = 1 / options.size_penalty
         scaled = g.Mul(cosine, g.constant(times, np.float32))
-        return g.Add(scaled, g.Log(g.Add(across, down))), times
+        return g.Add(scaled, g.Log(g.Add(across, g.row(down)))), times
     return cosine, 1.0
 
 
 def unit(g: Builder, feature: Value) -> Value:
     """Scale the rows of [B, N, F] to length 1; zero rows stay."""
-    length = g.ReduceL2(feature, g.integers(-1), keepdims=1)
-    return g.Div(feature, g.Max(length, g.constant(1e-6, np.float32)))
+    return g.LpNormalization(feature, axis=-1, p=2)
 
 
-def _largest(g: Builder, scores: Value) -> Any:
-    """Largest of each row of [B, a, b] and its index: [B, a, 1] each."""
-    return g.ReduceMax(scores, g.integers(2), keepdims=1), g.ArgMax(scores, axis=2, keepdims=1)
+def _largest(g: Builder, scores: Value) -> tuple[Value, Value]:
+    """Largest of each row of [B, a, b] and its index: [B, a] each."""
+    return g.ReduceMax(scores, g.integers(2), keepdims=0), g.ArgMax(scores, axis=2, keepdims=0)
 
 
 def _tiles(g: Builder, place: Value, window: int) -> Value:
-    """Number of the tile in which each place is: [B, N, 1]."""
+    """Number of the tile in which each place is: [B, N]."""
     shifted = g.Add(place, g.constant(PLACE_TOLERANCE, np.float32))
     corner = g.Floor(g.Div(shifted, g.constant(window, np.float32)))
-    return g.MatMul(corner, g.constant([[4096.0], [1.0]], np.float32))
+    return g.flat(g.MatMul(corner, g.constant([[4096.0], [1.0]], np.float32)))
 
 
 def _in_rounds(
-    g: Builder, order: Value, tiles: Value, crosses: Value, count: int, equal: bool
+    g: Builder, order: Value, tiles: Value, crosses: Value, layout: Layout, equal: bool
 ) -> Value:
-    """Reorder [B, a, 1]: one edge of each tile per round, or as they are; crossing edges last."""
+    """First r of [B, a] in rounds of one edge per tile, or as they are; crossing ones last."""
+    count = len(layout.even)
     crossing = g.GatherElements(g.Cast(crosses, to=1), order, axis=1)
     turn = g.Mul(crossing, g.constant(count, np.float32))
     if equal:
@@ -89,9 +90,10 @@ def _in_rounds(
         aside = g.Mul(crossing, g.constant(-1e9, np.float32))
         ranked = g.Add(g.GatherElements(tiles, order, axis=1), aside)
         earlier = g.constant(np.tri(count, k=-1), np.bool_)
-        before = g.Cast(g.And(g.Equal(ranked, g.flipped(ranked)), earlier), to=1)
-        turn = g.Add(turn, g.ReduceSum(before, g.integers(2), keepdims=1))
+        before = g.Cast(g.And(g.Equal(g.column(ranked), g.row(ranked)), earlier), to=1)
+        turn = g.Add(turn, g.ReduceSum(before, g.integers(2), keepdims=0))
     # Within a round the order stays; distinct keys leave no tie to the runtime.
     key = g.Mul(turn, g.constant(count, np.float32))
-    key = g.Add(key, g.constant(np.arange(count)[:, None], np.float32))
-    return g.GatherElements(order, g.TopK(key, g.integers(count), axis=1, largest=0)[1], axis=1)
+    key = g.Add(key, g.constant(np.arange(count), np.float32))
+    first = g.TopK(key, g.integers(layout.r), axis=1, largest=0)[1]
+    return g.GatherElements(order, first, axis=1)

@@ -74,7 +74,7 @@ def take_step(
     if options.feature == "random":
         feature = g.repeated(state.x, random_feature(plan, step)[0].numpy())
     else:
-        feature = steps.feature_of(g, options.feature, state.x, parts, level=merges)
+        feature = steps.feature_of(g, options.feature, state.x, parts, layout, level=merges)
     if merges:
         return steps.merge(g, state, feature, received, options, layout)
-    return steps.prune(g, state, g.ReduceL2(feature, g.integers(2), keepdims=0), layout)
+    return steps.prune(g, state, g.flat(steps.length(g, feature)), layout)

@@ -24,7 +24,7 @@ Sides = tuple[int | str, ...]  # of a tensor; a text names one of any length
 
 
 class State(NamedTuple):
-    """The tokens between two blocks: [B, N, C]; their sizes [B, N] and places [B, N, 2] or None."""
+    """Tokens between two blocks, [B, N, C], their sizes [B, N, 1], places [B, N, 2]; or None."""
 
     x: Value
     size: Value
@@ -135,17 +135,35 @@ class Builder:
         """[n] int64 that are in the file."""
         return self.constant(values)
 
+    def images(self) -> Value:
+        """Number of each image, from 0: [B, 1] int64."""
+        one, first = self.integers(1), self.constant(0)
+        batch = self.Squeeze(self.Shape(self.inputs[0], start=0, end=1), self.integers(0))
+        return self.Unsqueeze(self.Range(first, batch, self.constant(1)), one)
+
+    def zeros(self) -> Value:
+        """A zero for each image: [B, 1] float32."""
+        return self.Mul(self.Cast(self.images(), to=FLOAT), self.constant(0.0, np.float32))
+
     def rows(self, x: Value, index: Value) -> Value:
-        """Rows of [B, n, C] at [B, m, 1]: [B, m, C]."""
-        return self.GatherND(x, index, batch_dims=1)
+        """Rows of [B, n, C] at [B, m] of all B n: [B, m, C]; whole ones, which copies fastest."""
+        return self.Gather(self.Flatten(x, axis=2), index)
+
+    def column(self, x: Value) -> Value:
+        """[B, n] as [B, n, 1]."""
+        return self.Unsqueeze(x, self.integers(2))
+
+    def row(self, x: Value) -> Value:
+        """[B, n] or [B, n, 1] as [B, 1, n]."""
+        return self.Reshape(x, self.integers(0, 1, -1))
+
+    def flat(self, x: Value) -> Value:
+        """[B, n, 1] as [B, n]."""
+        return self.Reshape(x, self.integers(0, -1))
 
     def cut(self, x: Value, first: int, end: int) -> Value:
         """Tokens of [B, n, ...]."""
         return self.Slice(x, self.integers(first), self.integers(end), self.integers(1))
-
-    def ascending(self, index: Value, count: int) -> Value:
-        """The ``count`` smallest of [B, n] or [B, n, 1], in order."""
-        return self.TopK(index, self.integers(count), axis=1, largest=0)[0]
 
     def flipped(self, x: Value) -> Value:
         """[B, n, m] to [B, m, n]."""
@@ -168,6 +186,11 @@ class Layout:
         self.odd = np.arange(self.prefix + 1 - self.prefix % 2, self.count, 2)
         self.rest = len(self.even) - self.r
         self.window = next(s.window for s in plan.active_steps if s.block == block)
+
+    def ranks(self) -> Any:
+        """[N] where each token goes if none leaves: prefix, even, odd."""
+        order = np.concatenate([np.arange(self.prefix), self.even, self.odd])
+        return np.argsort(order)
 
     def places(self) -> Any:
         """[N, 2] row and column in the original grid, while no token has left; prefix: 0, 0."""

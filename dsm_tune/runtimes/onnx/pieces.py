@@ -75,7 +75,7 @@ class Pieces:
         values, examples = [x], [(torch.zeros(2, count, self.geometry.width), (BATCH, TOKENS))]
         if sizes is not None:
             values.append(sizes)
-            examples.append((torch.ones(2, count), (BATCH, TOKENS)))
+            examples.append((torch.ones(2, count, 1), (BATCH, TOKENS)))
         return values, examples
 
     def _put(
@@ -138,7 +138,7 @@ class _Head(nn.Module):
         self.view: Any = merged_view(model, plan)
 
     def forward(self, x: Tensor, size: Tensor | None = None) -> Tensor:
-        left = self.view.blocks.leave(Tokens(x, size))
+        left = self.view.blocks.leave(Tokens(x, None if size is None else size.squeeze(2)))
         return self.view.forward_head(self.view.norm(left))  # type: ignore[no-any-return]
 
 
@@ -182,8 +182,11 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _view(x: Value, shape: Sequence[Any]) -> Value:
-    """A side that may vary is the input's own side at the same place, which ONNX writes as 0."""
-    sides = [side if isinstance(side, int) else 0 for side in shape]
+    """A side that may vary is the input's own at the same place (0), or what is left (-1)."""
+    rank = len(x.shape)
+    sides = [
+        side if isinstance(side, int) else 0 if at < rank else -1 for at, side in enumerate(shape)
+    ]
     return op.Reshape(x, op.Constant(value_ints=sides))
 
 

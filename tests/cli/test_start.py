@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 from command_line import REPOSITORY, Ended, environment
 
-from dsm_tune.cli import verbs
+from dsm_tune.cli.group import verbs
 from dsm_tune.config import TuneConfig
 
 HEAVY = ("torch", "timm", "ray", "mlflow", "optuna", "sklearn", "matplotlib", "plotly", "numpy")

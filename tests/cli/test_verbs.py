@@ -22,14 +22,14 @@ import torch
 from command_line import Ended, contents, environment, start
 
 from dsm_tune import target, tuning
-from dsm_tune.cli import verbs
-from dsm_tune.options import TIMEOUT, Mapped, gather
+from dsm_tune.cli.group import verbs
+from dsm_tune.cli.options import TIMEOUT, Mapped, gather
+from dsm_tune.cli.terminal import Terminal, printable, to_json
 from dsm_tune.plan import Geometry, MergePlan
 from dsm_tune.profile import DeviceProfile
 from dsm_tune.results import Evaluation
 from dsm_tune.searching.search import Progress
 from dsm_tune.searching.study import Record
-from dsm_tune.terminal import Terminal, printable, to_json
 
 Call = Callable[..., Ended]
 TUNE = verbs.commands["tune"]

@@ -1,0 +1,64 @@
+"""Verbs of stores and of this installation: doctor, ui."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsm_tune.cli import options
+from dsm_tune.cli.exits import BAD_INPUT, DONE
+from dsm_tune.cli.group import verbs
+from dsm_tune.cli.options import option, with_options
+
+__all__ = ["doctor", "ui"]
+
+
+@verbs.command()
+@with_options(options.STORES, (options.RAY,), (options.OUTPUT[0],))
+def doctor(as_json: bool | None, **where: str | None) -> int:
+    """Check versions, devices, stores and cluster."""
+    import dataclasses
+
+    from dsm_tune.cli.terminal import emit, to_json
+    from dsm_tune.diagnosis import diagnose
+
+    checks = list(diagnose(where["storage"], where["tracking_uri"], where["ray_address"]))
+    failed = [check.name for check in checks if check.status == "failed"]
+    if as_json:
+        emit(to_json({"ok": not failed, "checks": [dataclasses.asdict(c) for c in checks]}))
+    else:
+        lines = [f"{check.status:8} {check.name:15} {check.detail}" for check in checks]
+        emit("\n".join([*lines, f"failed: {', '.join(failed)}" if failed else "all is well"]))
+    return BAD_INPUT if failed else DONE
+
+
+@verbs.command()
+@click.argument("study", required=False, type=options.Text())
+@with_options(
+    options.STORES,
+    (
+        option("--host", default="127.0.0.1", help="To listen on. [127.0.0.1: this machine only]"),
+        option("--port", type=options.Whole(), metavar="N", default=5000, help="[5000]"),
+    ),
+    (options.LEVEL[0],),
+)
+def ui(study: str | None, storage: str | None, tracking_uri: str | None, **values: Any) -> int:
+    """Serve the MLflow UI on a study's store.
+
+    On the store of STUDY, or on --tracking-uri; for this machine only, unless --host says more.
+    """
+    from dsm_tune.config import absolute_storage
+    from dsm_tune.mlflow_ui import serve
+    from dsm_tune.reviewing.stores import resolve_tracking_uri
+
+    if study is not None:
+        from dsm_tune.answer import load_study
+
+        found = load_study(absolute_storage(storage, Path.cwd()), study).facts
+        tracking_uri = tracking_uri or found.get("tracking_uri")
+    uri = resolve_tracking_uri(tracking_uri, Path.cwd())
+    is_verbose = bool(values["verbose"])
+    serve(uri, values["host"], values["port"], verbose=is_verbose, say=click.echo)
+    return DONE

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dsm_tune.config import TuneConfig
     from dsm_tune.errors import DsmTuneError
+    from dsm_tune.exporting.bundle import load_bundle
     from dsm_tune.merging.merged import merged
     from dsm_tune.merging.published import dsm_plan, tome_plan
     from dsm_tune.merging.similarity import detect_delay, similarity_curve
@@ -27,6 +28,7 @@ __all__ = [
     "TuneResult",
     "detect_delay",
     "dsm_plan",
+    "load_bundle",
     "merged",
     "similarity_curve",
     "tome_plan",
@@ -41,6 +43,7 @@ _HOMES = {
     "TuneResult": "results",
     "detect_delay": "merging.similarity",
     "dsm_plan": "merging.published",
+    "load_bundle": "exporting.bundle",
     "merged": "merging.merged",
     "similarity_curve": "merging.similarity",
     "tome_plan": "merging.published",

@@ -7,6 +7,7 @@
     ├── BudgetError    a budget that is absent, malformed or out of range
     ├── SpaceError     a search-space file that breaks a rule
     ├── ProfileError   a device profile that is malformed or made for something else
+    ├── BundleError    an exported bundle that is damaged, foreign or of a newer format
     ├── ConfigError    an option or configuration value
     └── StudyError     a study or its storage that cannot be used
 
@@ -20,6 +21,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "BudgetError",
+    "BundleError",
     "ConfigError",
     "DsmTuneError",
     "ImagesError",
@@ -59,6 +61,10 @@ class SpaceError(DsmTuneError, ValueError):
 
 class ProfileError(DsmTuneError, ValueError):
     """A device profile is malformed or was made for another device, model, dtype or batch size."""
+
+
+class BundleError(DsmTuneError, ValueError):
+    """An exported bundle is damaged, foreign or of a newer format."""
 
 
 class ConfigError(DsmTuneError, ValueError):

@@ -29,6 +29,7 @@ from dsm_tune.inputs import (
     try_plan,
 )
 from dsm_tune.measuring.quality import PerImage, bootstrap_interval
+from dsm_tune.merging.loading import weights_digest
 from dsm_tune.plan import MergePlan
 from dsm_tune.profile import DeviceProfile
 from dsm_tune.results import REFERENCES, Result, TuneResult
@@ -190,7 +191,9 @@ class _Tune:
             return Answer.of(found).result()
         self._refuse_what_does_not_answer(found is None)
         with engine.connected(self.cluster):
-            study = found or self._create(identity)  # not before all that can be refused has been
+            study = found or self._create(
+                identity, weights_digest(inputs.model)
+            )  # not before all that can be refused has been
             self.earlier_seconds = study.facts.get("seconds", 0.0)
             self._send(inputs)
             dense = self._dense_outputs(SEARCH)
@@ -245,12 +248,13 @@ class _Tune:
         if check.status == "failed":
             raise StudyError(f"--storage must be a usable database: {check.detail}")
 
-    def _create(self, identity: dict[str, Any]) -> Study:
+    def _create(self, identity: dict[str, Any], weights: str) -> Study:
         config = self.config
         assert config.storage is not None  # `absolute` has set it
         facts = {
             "config": self._stored_config(),
             "identity": identity,
+            "weights_digest": weights,
             "study_id": os.urandom(16).hex(),
         }
         self.listener.say(f"study {config.study_name}")

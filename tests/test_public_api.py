@@ -19,6 +19,7 @@ NAMES = [
     "TuneResult",
     "detect_delay",
     "dsm_plan",
+    "load_bundle",
     "merged",
     "similarity_curve",
     "tome_plan",

@@ -5,9 +5,18 @@ from __future__ import annotations
 import contextlib
 import sys
 
-__all__ = ["BAD_INPUT", "DEFECT", "DONE", "INFEASIBLE", "INTERRUPTED", "end", "fail"]
+__all__ = [
+    "BAD_INPUT",
+    "DEFECT",
+    "DONE",
+    "INFEASIBLE",
+    "INTERRUPTED",
+    "UNVERIFIED",
+    "end",
+    "fail",
+]
 
-DONE, DEFECT, BAD_INPUT, INFEASIBLE, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, DEFECT, BAD_INPUT, INFEASIBLE, UNVERIFIED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
 def fail(text: str, code: int) -> int:

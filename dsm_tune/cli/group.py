@@ -15,7 +15,8 @@ The first verb is meant where none is given:
   dsm-tune --model deit_small_patch16_224 --checkpoint deit.safetensors \\
            --images photos --budget-gflops 2.7
 `dsm-tune tune --help` lists the options. Exit codes: 0 done, 1 a defect,
-2 bad input, 3 nothing meets the budget, 130 interrupted and saved."""
+2 bad input, 3 nothing meets the budget, 4 verify failed, 130 interrupted
+and saved."""
 
 
 class Verbs(click.Group):

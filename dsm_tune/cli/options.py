@@ -165,11 +165,15 @@ MODEL = (
     option("--pretrained/--no-pretrained", is_flag=True, help="Download timm's own weights."),
 )
 IMAGES = (option("--images", metavar="DIR", help="Calibration images, searched recursively."),)
+DTYPE = option("--dtype", metavar="float32|float16|bfloat16", help="[float32]")
+THREADS = option(
+    "--threads", type=Whole(), metavar="N", help="Of timed forwards on a CPU. [all cores]"
+)
 DEVICE = (
     option("--batch-size", type=Whole(), metavar="N", help="Images per timed forward. [1]"),
-    option("--dtype", metavar="float32|float16|bfloat16", help="[float32]"),
+    DTYPE,
     option("--device", metavar="auto|cpu|cuda|cuda:N", help="[auto]"),
-    option("--threads", type=Whole(), metavar="N", help="Of timed forwards on a CPU. [all cores]"),
+    THREADS,
     option("--runtime", metavar="eager|onnx|cudagraphs", help="That serves the model. [eager]"),
 )
 BUDGETS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 import warnings
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from dsm_tune.errors import ModelError, nearest
 
-__all__ = ["create_model", "load_weights"]
+__all__ = ["create_model", "load_weights", "weights_digest"]
 
 HEAD_WEIGHTS = ("head.weight", "head_dist.weight")
 
@@ -150,3 +151,12 @@ def _misfit(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     if unexpected:
         return f"it has {len(unexpected)} tensors too many, the first is {unexpected[0]}"
     return ""
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Sixteen hexadecimal digits of the names, shapes and values of all weights."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

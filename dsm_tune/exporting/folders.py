@@ -1,0 +1,107 @@
+"""Folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from dsm_tune.errors import ConfigError
+
+__all__ = ["check_target", "written_whole"]
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
+
+
+def check_target(folder: Path, mark: str) -> None:
+    """Refuse a folder that must not be replaced.
+
+    Args:
+        folder: to be written.
+        mark: name of a file that every folder of this kind has.
+
+    Raises:
+        ConfigError: if it is a file, its parent is absent, or it holds other things.
+    """
+    if not folder.parent.is_dir():
+        raise ConfigError(f"--output must be in a folder that exists, but {folder.parent} does not")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(f"--output must be a folder, but {folder} is something else")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise ConfigError(
+            f"--output must be new, empty or an earlier export (with {mark}), "
+            f"but {folder} holds other files"
+        )
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Give a new folder to fill, which then stands in the place of ``folder``.
+
+    Until then the old one stands there, whole, also if this process is killed.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    _remove_abandoned(folder)
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        fresh.mkdir()
+        try:
+            yield fresh
+            _flush(fresh)
+            _put_in_place(fresh, folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    except OSError as error:
+        raise ConfigError(f"--output cannot be written: {folder}: {error.strerror}") from None
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what an export that was killed has left beside ``folder``."""
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        number = re.fullmatch(r"\d+", left.name.rpartition(".")[2])
+        if number and not _runs(int(number[0])):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True  # somebody else's
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+def _flush(folder: Path) -> None:
+    """Have the disk hold every file before the folder takes its place."""
+    for path in [*(p for p in folder.rglob("*") if p.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _put_in_place(fresh: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.rename(fresh, folder)
+    elif not _exchange(fresh, folder):
+        folder.rename(fresh.with_name(f"{fresh.name}.old"))  # no such call here: two steps
+        os.rename(fresh, folder)
+        shutil.rmtree(fresh.with_name(f"{fresh.name}.old"))
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, where the system can."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    if call is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(call(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0)

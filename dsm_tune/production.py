@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dsm_tune import demo
 from dsm_tune.answer import Answer, load_study
 from dsm_tune.config import TuneConfig, absolute_storage
 from dsm_tune.errors import BundleError, ModelError, PlanError, StudyError
-from dsm_tune.exporting import bundle, formats, proof
+from dsm_tune.exporting import bundle, formats, mlflow_model, proof
 from dsm_tune.exporting.card import card_of
 from dsm_tune.exporting.folders import check_target, written_whole
 from dsm_tune.exporting.manifest import MANIFEST, Manifest, read_files
@@ -28,6 +28,7 @@ from dsm_tune.merging.loading import weights_digest
 from dsm_tune.merging.merged import merged_view
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Result
+from dsm_tune.reviewing.stores import resolve_tracking_uri
 from dsm_tune.searching.study import study_names
 
 __all__ = ["Exported", "Source", "export", "of_plan", "of_study"]
@@ -46,12 +47,14 @@ class Source:
         model: dense, in its dtype, on the CPU, in evaluation mode.
         plan: made for its geometry.
         made: where it is from and what was measured, for the manifest.
+        tracking_uri: where its runs are, if it is of a study.
     """
 
     config: TuneConfig
     model: nn.Module
     plan: MergePlan
     made: Mapping[str, Any]
+    tracking_uri: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +66,15 @@ class Exported:
         kind: of export.
         gmacs: of the plan.
         proofs: comparisons with the eager merged model by what was compared.
+        registered, version: model of MLflow's registry, if one was asked for.
     """
 
     folder: str
     kind: str
     gmacs: float
     proofs: Mapping[str, Proof]
+    registered: str | None = None
+    version: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ``--json`` document."""
@@ -145,7 +151,7 @@ def _tuned(answer: Answer, chosen: Result) -> Source:
         "dense": _figures(result.dense),
         "exported": _figures(chosen),
     }
-    return Source(config, _typed(model, config.dtype), chosen.plan, made)
+    return Source(config, _typed(model, config.dtype), chosen.plan, made, facts.get("tracking_uri"))
 
 
 def _figures(result: Result) -> dict[str, Any]:
@@ -189,6 +195,8 @@ def export(
     output: str,
     *,
     probes: str | None = None,
+    register: str | None = None,
+    tracking_uri: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Write what production needs, and compare it with the eager model before it is kept.
@@ -199,6 +207,8 @@ def export(
             folder of MLflow's.
         output: folder; an earlier export in it is replaced at once, or not at all.
         probes: folder of images to store four of in the bundle, instead of synthetic ones.
+        register: name of an MLflow registered model of which it becomes the champion.
+        tracking_uri: of MLflow; where the study's runs are if not given.
         say: is told what happens.
 
     Raises:
@@ -206,6 +216,8 @@ def export(
         ModelError: if what was written does not give the eager model's outputs.
     """
     folder = Path(output).absolute()
+    if register is not None:
+        mlflow_model.check_name(register)
     check_target(folder, "MLmodel" if kind == "mlflow" else MANIFEST)
     tolerance = proof.TOLERANCE[source.config.dtype]
     stored = _probe_images(source, probes)
@@ -213,69 +225,94 @@ def export(
     _check_dtype(source, pixels)
     forward = merged_view(source.model, source.plan)
     expected = forward(pixels)
-    named = {"eager, other batch sizes": _proven("eager", forward, pixels, expected, tolerance)}
+    checked = _Checked(pixels, expected, tolerance, {})
+    checked.add("eager, other batch sizes", forward)
     with written_whole(folder) as fresh:
         if kind == "mlflow":
-            from dsm_tune.exporting.mlflow_model import save
-
             say("writing an MLflow model")
-            save(source.model, source.plan, fresh, pixels[:2])
-            run = formats.opened("onnx", fresh / formats.FILES["onnx"], 1)
-            named["onnx"] = _proven("onnx", run, pixels, expected, tolerance)
-            return Exported(str(folder), kind, source.plan.gmacs, named)
-        for extra in _extras(source, kind, folder):
-            say(f"writing {formats.FILES[extra]}")
-            kept = folder / formats.FILES[extra]
-            if extra == kind or not kept.is_file():
-                formats.write_format(extra, source.model, source.plan, fresh)
-            else:
-                shutil.copyfile(kept, fresh / kept.name)
-            run = formats.opened(extra, fresh / formats.FILES[extra], 1)
-            named[extra] = _proven(extra, run, pixels, expected, tolerance)
-        bundle.write(
-            fresh,
+            mlflow_model.save(source.model, source.plan, fresh, pixels[:2])
+            checked.add("onnx", formats.opened("onnx", fresh / formats.FILES["onnx"], 1))
+        else:
+            _fill(source, fresh, _extras(source, kind, folder), stored, checked, say)
+    version = None
+    if register is not None:
+        say(f"registering {register}")
+        version = mlflow_model.register(
             source.model,
             source.plan,
-            architecture=_architecture(source),
-            made=source.made,
-            card=card_of(source.config.model_name, source.plan, source.made, named),
-            probes=(stored, expected[: len(stored)]),
-            tolerance=tolerance,
+            pixels[:2],
+            name=register,
+            tracking_uri=resolve_tracking_uri(tracking_uri or source.tracking_uri, Path.cwd()),
+            run_id=source.made.get("run_id"),
         )
-        say("loading the bundle again")
-        again = bundle.load_bundle(fresh)
-        named["bundle"] = _proven("bundle", again, pixels, expected, tolerance)
-    return Exported(str(folder), kind, source.plan.gmacs, named)
+    return Exported(str(folder), kind, source.plan.gmacs, checked.proofs, register, version)
 
 
-def _proven(
-    name: str,
-    run: Callable[[Tensor], Tensor],
-    pixels: Tensor,
-    expected: Tensor,
-    tolerance: float,
-) -> Proof:
-    found = proof.compared(run, pixels, expected, tolerance)
-    if not found.holds:
-        raise ModelError(
-            f"{name} must give what the eager model gives within {tolerance:g} of the largest "
-            f"output, but differs on {found.apart} of {found.images} images; nothing was exported"
-        )
-    return found
+def _fill(
+    source: Source,
+    fresh: Path,
+    extras: Mapping[str, Path | None],
+    stored: Tensor,
+    checked: _Checked,
+    say: Callable[[str], None],
+) -> None:
+    """Write a bundle and the formats that go with it, and check all of them."""
+    for extra, kept in extras.items():
+        say(f"writing {formats.FILES[extra]}")
+        if kept is None:
+            formats.write_format(extra, source.model, source.plan, fresh)
+        else:
+            shutil.copyfile(kept, fresh / kept.name)
+        checked.add(extra, formats.opened(extra, fresh / formats.FILES[extra], 1))
+    bundle.write(
+        fresh,
+        source.model,
+        source.plan,
+        architecture=_architecture(source),
+        made=source.made,
+        card=card_of(source.config.model_name, source.plan, source.made, checked.proofs),
+        probes=(stored, checked.expected[: len(stored)]),
+        tolerance=checked.tolerance,
+    )
+    say("loading the bundle again")
+    checked.add("bundle", bundle.load_bundle(fresh))
 
 
-def _extras(source: Source, kind: str, folder: Path) -> Sequence[str]:
-    """Formats beside the bundle: the one that is asked for, and those of an earlier export."""
-    wanted = {kind} & set(formats.FILES)
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """Images, the eager merged model's outputs for them, and what has been compared with these."""
+
+    pixels: Tensor
+    expected: Tensor
+    tolerance: float
+    proofs: dict[str, Proof]
+
+    def add(self, name: str, run: Callable[[Tensor], Tensor]) -> None:
+        """Compare, and refuse what differs."""
+        found = proof.compared(run, self.pixels, self.expected, self.tolerance)
+        if not found.holds:
+            raise ModelError(
+                f"{name} must give what the eager model gives within {self.tolerance:g} of the "
+                f"largest output, but differs in {found.apart} of {found.images} outputs; "
+                "nothing was exported"
+            )
+        self.proofs[name] = found
+
+
+def _extras(source: Source, kind: str, folder: Path) -> dict[str, Path | None]:
+    """Formats beside the bundle: the one that is asked for, and the files of an earlier export."""
+    wanted: dict[str, Path | None] = dict.fromkeys({kind} & set(formats.FILES))
     try:
         manifest = Manifest.read(folder)
         content = read_files(folder, manifest, (bundle.PLAN, bundle.WEIGHTS))
     except BundleError:
-        return sorted(wanted)
+        return wanted
     same = content[bundle.PLAN] == source.plan.to_json().encode()
     if same and content[bundle.WEIGHTS] == bundle.weights_of(source.model):
-        wanted |= {name for name, file in formats.FILES.items() if file in manifest.files}
-    return sorted(wanted)
+        kept = {name: folder / file for name, file in formats.FILES.items()}
+        known = {name: file for name, file in kept.items() if file.name in manifest.files}
+        return {**known, **wanted}
+    return wanted
 
 
 def _architecture(source: Source) -> dict[str, Any]:

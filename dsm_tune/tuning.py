@@ -191,9 +191,8 @@ class _Tune:
             return Answer.of(found).result()
         self._refuse_what_does_not_answer(found is None)
         with engine.connected(self.cluster):
-            study = found or self._create(
-                identity, weights_digest(inputs.model)
-            )  # not before all that can be refused has been
+            # A study is not made before all that can be refused has been.
+            study = found or self._create(identity, weights_digest(inputs.model))
             self.earlier_seconds = study.facts.get("seconds", 0.0)
             self._send(inputs)
             dense = self._dense_outputs(SEARCH)

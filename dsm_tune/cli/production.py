@@ -28,9 +28,10 @@ PLANNED = ("model", "model_kwargs", "img_size", "checkpoint", "pretrained", "dty
         option("-o", "--output", metavar="DIR", required=True, help="Folder to write."),
         option("--plan", metavar="FILE", help="A plan of your own, instead of a study's."),
         option("--probes", metavar="DIR", help="Store four of these images, not synthetic ones."),
+        option("--register", metavar="NAME", help="Make it this MLflow model's champion."),
     ),
     options.MODEL,
-    (options.DTYPE, options.STORAGE),
+    (options.DTYPE, *options.STORES),
     options.OUTPUT,
 )
 def export(study_or_run: str | None, kind: str, output: str, **values: Any) -> int:
@@ -57,7 +58,15 @@ def export(study_or_run: str | None, kind: str, output: str, **values: Any) -> i
             known = {name: values[name] for name in (*PLANNED, "quiet", "verbose")}
             images = {} if known["model"] is None else {"images": str(Path.cwd())}
             source = production.of_plan(plan, any_budget({**known, **images}))
-        done = production.export(source, kind, output, probes=values["probes"], say=terminal.say)
+        done = production.export(
+            source,
+            kind,
+            output,
+            probes=values["probes"],
+            register=values["register"],
+            tracking_uri=values["tracking_uri"],
+            say=terminal.say,
+        )
     from dsm_tune.cli.terminal import emit, to_json
 
     if values["as_json"]:
@@ -65,6 +74,8 @@ def export(study_or_run: str | None, kind: str, output: str, **values: Any) -> i
         return DONE
     checked = [f"  {name}: {proof}" for name, proof in done.proofs.items()]
     lines = [f"{done.folder}: {done.gmacs:.3g} GMACs per image; as the eager model:", *checked]
+    if done.registered is not None:
+        lines.append(f"registered: models:/{done.registered}@champion, version {done.version}")
     if kind == "mlflow":
         lines.append(f"serve it: mlflow models serve --env-manager local -m {output}")
     else:

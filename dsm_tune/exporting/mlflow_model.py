@@ -1,19 +1,25 @@
-"""A model under a plan as a model of MLflow's, which ``mlflow models serve`` runs."""
+"""A model under a plan as a model of MLflow's: a folder to serve, or a registered version."""
 
 from __future__ import annotations
 
+import tempfile
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from dsm_tune.errors import ConfigError
+from dsm_tune.errors import ConfigError, DsmTuneError, StudyError
 from dsm_tune.exporting.formats import FILES, write_format
 from dsm_tune.plan import MergePlan
 from dsm_tune.runtimes.onnx.files import need_packages
 
-__all__ = ["save"]
+__all__ = ["CHAMPION", "PREVIOUS", "check_name", "register", "save"]
+
+CHAMPION, PREVIOUS = "champion", "previous"
 
 
 def save(model: nn.Module, plan: MergePlan, folder: Path, example: Tensor) -> None:
@@ -29,19 +35,79 @@ def save(model: nn.Module, plan: MergePlan, folder: Path, example: Tensor) -> No
         ConfigError: if a package is not installed.
         ModelError: if the model cannot be exported.
     """
-    need_packages("exporting to MLflow")
-    try:
-        import mlflow.onnx
-        from mlflow.models import ModelSignature
-        from mlflow.types import Schema, TensorSpec
-    except ImportError as error:
-        raise ConfigError(f"exporting to MLflow needs the package {error.name}") from None
-    import onnx
+    with _mlflow() as mlflow:
+        mlflow.onnx.save_model(path=str(folder), **_contents(model, plan, example))
 
-    write_format("onnx", model, plan, folder)
-    file = folder / FILES["onnx"]
-    content = onnx.load(file)
-    file.unlink()
+
+def register(
+    model: nn.Module,
+    plan: MergePlan,
+    example: Tensor,
+    *,
+    name: str,
+    tracking_uri: str,
+    run_id: str | None = None,
+) -> str:
+    """Log the model and make it the champion of a registered model.
+
+    The version that was the champion keeps the alias ``previous``.
+
+    Args:
+        model, plan, example: as for :func:`save`.
+        name: of the registered model; it is made if there is none.
+        tracking_uri: of MLflow.
+        run_id: run that the model belongs to, if there is one.
+
+    Returns:
+        The version.
+
+    Raises:
+        ConfigError: if a package is not installed.
+        StudyError: if MLflow does not take it.
+    """
+    with _mlflow() as mlflow:
+        before = mlflow.get_tracking_uri()
+        mlflow.set_tracking_uri(tracking_uri)
+        try:
+            client = mlflow.MlflowClient(tracking_uri)
+            logged = mlflow.models.Model.log(
+                artifact_path=None,
+                name="model",
+                flavor=mlflow.onnx,
+                run_id=run_id,
+                registered_model_name=name,
+                **_contents(model, plan, example),
+            )
+            version = str(logged.registered_model_version)
+            former = dict(client.get_registered_model(name).aliases).get(CHAMPION)
+            if former is not None and str(former) != version:
+                client.set_registered_model_alias(name, PREVIOUS, str(former))
+            client.set_registered_model_alias(name, CHAMPION, version)
+        except DsmTuneError:
+            raise
+        except Exception as error:  # MLflow, its database and its server raise many kinds
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise StudyError(f"MLflow must take the model, but said: {line}") from None
+        finally:
+            mlflow.set_tracking_uri(before)
+    return version
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that no registered model can have."""
+    if not name.strip() or any(sign in name for sign in "/:") or not name.isprintable():
+        raise ConfigError(f"--register must be a name without / and :, but got {name!r:.60}")
+
+
+def _contents(model: nn.Module, plan: MergePlan, example: Tensor) -> Mapping[str, Any]:
+    """What both ways of storing take."""
+    import onnx
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    with tempfile.TemporaryDirectory() as aside:
+        write_format("onnx", model, plan, Path(aside))
+        content = onnx.load(Path(aside) / FILES["onnx"])
     sides = [side * plan.geometry.patch for side in plan.geometry.grid]
     kind = np.dtype(np.float32)
     classes = plan.geometry.classes or plan.geometry.width
@@ -49,13 +115,26 @@ def save(model: nn.Module, plan: MergePlan, folder: Path, example: Tensor) -> No
         inputs=Schema([TensorSpec(kind, (-1, 3, *sides), "pixels")]),
         outputs=Schema([TensorSpec(kind, (-1, classes), "logits")]),
     )
+    return {
+        "onnx_model": content,
+        "signature": signature,
+        "input_example": {"pixels": example.numpy()},
+        "save_as_external_data": False,
+        "metadata": {"dsm_tune.plan": plan.to_json()},
+    }
+
+
+@contextmanager
+def _mlflow() -> Iterator[Any]:
+    """MLflow, without what it tells of its own ways."""
+    need_packages("exporting to MLflow")
+    try:
+        import mlflow
+        import mlflow.onnx
+    except ImportError as error:
+        raise ConfigError(
+            f"exporting to MLflow needs the package {error.name}, which is not installed here"
+        ) from None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about ways of MLflow's own
-        mlflow.onnx.save_model(
-            content,
-            str(folder),
-            signature=signature,
-            input_example={"pixels": example.numpy()},
-            save_as_external_data=False,
-            metadata={"dsm_tune.plan": plan.to_json()},
-        )
+        warnings.simplefilter("ignore")
+        yield mlflow

@@ -1,0 +1,297 @@
+"""A bundle gives what was exported, and nothing that was changed since is used."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import demo_plan, demo_source
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dsm_tune
+from dsm_tune import production
+from dsm_tune.demo import create_model, load_split
+from dsm_tune.errors import BundleError, ConfigError, ModelError
+from dsm_tune.exporting.bundle import architecture_of, open_bundle
+from dsm_tune.exporting.manifest import FORMAT, MANIFEST, Manifest, digest_of
+from dsm_tune.merging.merged import merged
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Trap:
+    """Says so where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("executed"),))
+
+
+def copied(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "copy"))
+
+
+def signed_anew(folder: Path, **changes: Any) -> None:
+    """Write a manifest that fits the folder, with changes: what an attacker would do."""
+    body = json.loads((folder / MANIFEST).read_text())
+    for name in ("format", "sha256"):
+        body.pop(name)
+    body["files"] = {name: digest_of((folder / name).read_bytes()) for name in body["files"]}
+    (folder / MANIFEST).write_text(Manifest(**{**body, **changes}).to_json())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2, 7, 32])
+def test_a_loaded_bundle_gives_the_bits_of_the_merged_model(exported: Path, count: int) -> None:
+    images = load_split("holdout")[0][:count]
+    with merged(create_model(), demo_plan()) as fast:
+        expected = fast(images)
+    assert torch.equal(dsm_tune.load_bundle(exported)(images), expected)
+
+
+def test_a_bundle_holds_these_files_and_knows_its_plan(exported: Path) -> None:
+    names = {path.name for path in exported.iterdir()}
+    needed = {"card.md", "manifest.json", "model.safetensors", "plan.json", "preprocess.json"}
+    assert names == needed | {"probes.safetensors", "model.onnx", "model.pt2"}
+    assert open_bundle(exported).plan == demo_plan()
+    assert json.loads((exported / "preprocess.json").read_text())["input_size"] == [3, 28, 28]
+
+
+def test_the_card_lists_every_step_and_says_how_to_load(exported: Path) -> None:
+    card = (exported / "card.md").read_text()
+    steps = demo_plan().active_steps
+    assert sum(f"| {step.block} | {step.kind} |" in card for step in steps) == len(steps)
+    assert "load_bundle" in card
+
+
+def test_a_bundle_runs_where_no_search_and_no_tracking_is_installed(exported: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('optuna', 'ray', 'mlflow', 'onnxruntime', 'onnx'): sys.modules[name] = None\n"
+        "import dsm_tune, torch\n"
+        f"net = dsm_tune.load_bundle({str(exported)!r})\n"
+        "print(tuple(net(torch.zeros(3, 3, 28, 28)).shape))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(3, 10)"
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_changed_byte_of_any_file_is_refused(
+    exported: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    folder = tmp_path / "changed"
+    if not folder.exists():
+        shutil.copytree(exported, folder)
+    file = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    whole = file.read_bytes()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    flipped = whole[at] ^ data.draw(st.integers(1, 255))
+    file.write_bytes(whole[:at] + bytes([flipped]) + whole[at + 1 :])
+    try:
+        with pytest.raises(BundleError) as refused:
+            open_bundle(folder)
+        assert "\n" not in str(refused.value)
+    finally:
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "model.safetensors", "model.pt2", MANIFEST])
+def test_an_absent_file_is_refused_by_name(exported: Path, tmp_path: Path, name: str) -> None:
+    folder = copied(exported, tmp_path)
+    (folder / name).unlink()
+    with pytest.raises(BundleError, match=name):
+        open_bundle(folder)
+
+
+def test_a_link_to_a_file_elsewhere_is_refused(exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path)
+    aside = tmp_path / "plan.json"
+    shutil.move(folder / "plan.json", aside)
+    (folder / "plan.json").symlink_to(aside)
+    with pytest.raises(BundleError, match="regular file"):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["../plan.json", "/etc/passwd", "extra.py"])
+def test_a_manifest_that_names_other_files_is_refused(
+    exported: Path, tmp_path: Path, name: str
+) -> None:
+    folder = copied(exported, tmp_path)
+    files = dict(Manifest.read(folder).files)
+    signed_anew(folder, files={**files, name: "0" * 64})
+    with pytest.raises(BundleError, match="no file of a bundle"):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "probes.safetensors"])
+def test_a_pickle_in_place_of_safetensors_is_refused_and_not_run(
+    exported: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(exported, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (folder / name).write_bytes(pickle.dumps(Trap()))
+    signed_anew(folder)
+    with pytest.raises(BundleError, match="safetensors"):
+        open_bundle(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"checkpoint_path": "evil.pth"}, {"pretrained": True}, {"pretrained_cfg": {}}]
+)
+def test_a_model_that_would_read_other_files_is_refused(
+    exported: Path, tmp_path: Path, kwargs: dict[str, Any]
+) -> None:
+    folder = copied(exported, tmp_path)
+    signed_anew(folder, model={"name": "vit_tiny_patch16_224", "kwargs": kwargs})
+    with pytest.raises(BundleError, match="must not name files"):
+        open_bundle(folder)
+
+
+def test_a_model_of_a_hub_is_refused(exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path)
+    signed_anew(folder, model={"name": "hf-hub:a/b", "kwargs": {}})
+    with pytest.raises(BundleError, match="must not name files or hosts"):
+        open_bundle(folder)
+
+
+def test_a_plan_for_another_model_is_refused(exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path)
+    body = json.loads((folder / "plan.json").read_text())
+    body["geometry"]["width"] = 64
+    (folder / "plan.json").write_text(json.dumps(body))
+    signed_anew(folder)
+    with pytest.raises(BundleError, match="for another model"):
+        open_bundle(folder)
+
+
+def test_weights_of_another_model_are_refused(exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path)
+    signed_anew(folder, model={"name": "vit_tiny_patch16_224", "kwargs": {"num_classes": 10}})
+    with pytest.raises(BundleError, match="does not fit"):
+        open_bundle(folder)
+
+
+def test_a_newer_format_is_named(exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path)
+    text = (folder / MANIFEST).read_text().replace(FORMAT, "dsm_tune.bundle/2")
+    (folder / MANIFEST).write_text(text)
+    with pytest.raises(BundleError, match=r"must be dsm_tune.bundle/1, but got"):
+        open_bundle(folder)
+
+
+def test_exporting_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    production.export(demo_source(), "bundle", str(folder))
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    production.export(demo_source(), "bundle", str(folder))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_another_plan_drops_the_formats_of_the_former(exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path)
+    production.export(demo_source(demo_plan(5)), "bundle", str(folder))
+    assert not (folder / "model.onnx").exists()
+    assert open_bundle(folder).plan == demo_plan(5)
+
+
+def test_the_same_plan_keeps_the_formats_of_the_former(exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path)
+    done = production.export(demo_source(), "bundle", str(folder))
+    assert {"onnx", "pt2", "bundle"} <= done.proofs.keys()
+    assert (folder / "model.onnx").read_bytes() == (exported / "model.onnx").read_bytes()
+
+
+def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="holds other files"):
+        production.export(demo_source(), "bundle", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_does_not_give_the_eager_outputs_is_not_kept(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(exported, tmp_path)
+    before = (folder / MANIFEST).read_bytes()
+
+    def wrong(kind: str, file: Path, threads: int) -> Any:
+        return lambda pixels: torch.zeros(len(pixels), 10)
+
+    monkeypatch.setattr("dsm_tune.exporting.formats.opened", wrong)
+    with pytest.raises(ModelError, match="nothing was exported"):
+        production.export(demo_source(demo_plan(5)), "onnx", str(folder))
+    assert (folder / MANIFEST).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_timm_model_with_arguments_is_made_again_by_its_bundle(tmp_path: Path) -> None:
+    import timm
+
+    kwargs = {"img_size": 64, "depth": 3}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **kwargs).eval()
+    found = architecture_of(model, "vit_tiny_patch16_224.augreg_in21k", kwargs)
+    assert found == {"name": "vit_tiny_patch16_224", "kwargs": {**kwargs, "num_classes": 7}}
+
+
+def test_a_model_that_its_name_does_not_make_is_refused() -> None:
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", depth=3).eval()
+    with pytest.raises(ModelError, match="make its model again"):
+        architecture_of(model, "vit_tiny_patch16_224", {})
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, "tests/exporting")
+import torch
+torch.set_num_threads(1)
+from conftest import demo_plan
+from dsm_tune.demo import create_model
+from dsm_tune.exporting import bundle
+from dsm_tune.exporting.folders import written_whole
+folder, draw = Path(sys.argv[1]), random.Random(0)
+model, plans = create_model(), (demo_plan(20), demo_plan(5))
+made = dict(architecture={"name": "dsm_tune_demo", "kwargs": {}}, made={}, card="", tolerance=0.1)
+probes = torch.zeros(1, 3, 28, 28), torch.zeros(1, 10)
+def write(plan):
+    with written_whole(folder) as fresh:
+        bundle.write(fresh, model, plan, probes=probes, **made)
+write(plans[0])
+start = time.monotonic()
+write(plans[0])
+takes, seen = time.monotonic() - start, set()
+for round in range(25):
+    child = os.fork()
+    if not child:
+        while True:
+            for plan in plans:
+                write(plan)
+    time.sleep(draw.uniform(0.0, 4 * takes))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    seen.add(bundle.open_bundle(folder).plan)
+write(plans[0])
+print(len(seen), sorted(path.name for path in folder.parent.iterdir()))
+"""
+
+
+def test_an_export_that_is_killed_leaves_the_old_bundle_or_the_new_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "bundle")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    kinds, left = done.stdout.split(maxsplit=1)
+    assert int(kinds) == 2
+    assert left.strip() == "['bundle']"

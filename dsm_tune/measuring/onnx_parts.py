@@ -78,7 +78,8 @@ class OnnxParts:
 
     def _session(self, g: Builder, *results: Value) -> Callable[..., Tensor]:
         outputs = {f"result_{i}": (result, None) for i, result in enumerate(results)}
-        return session(g.model(outputs, {}).SerializeToString(), self.threads)
+        content = g.model(outputs, {}).SerializeToString()
+        return session(content, self.threads, shared=True)
 
     def _sides(self, values: Tensor) -> tuple[Any, ...]:
         return BATCH, *values.shape[1:]

@@ -150,7 +150,7 @@ def calls_of(
             calls[name] = forward_of(run, x)
         else:
             graph = graphs.floor(plan) if name.endswith(" floor") else graphs.merged(plan)
-            calls[name] = partial(session(graph, torch.get_num_threads()), x)
+            calls[name] = partial(session(graph, torch.get_num_threads(), shared=True), x)
     return calls
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import demo_plan, demo_source
+from demo_sources import demo_plan, demo_source
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -259,7 +259,7 @@ from pathlib import Path
 sys.path.insert(0, "tests/exporting")
 import torch
 torch.set_num_threads(1)
-from conftest import demo_plan
+from demo_sources import demo_plan
 from dsm_tune.demo import create_model
 from dsm_tune.exporting import bundle
 from dsm_tune.exporting.folders import written_whole

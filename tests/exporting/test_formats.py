@@ -6,13 +6,14 @@ import dataclasses
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import demo_plan, demo_source
+from demo_sources import demo_plan, demo_source
+from torch import Tensor
 
 from dsm_tune import production
 from dsm_tune.demo import create_model, load_split
@@ -20,6 +21,7 @@ from dsm_tune.errors import BundleError, ConfigError, ModelError
 from dsm_tune.exporting import formats
 from dsm_tune.exporting.proof import compared
 from dsm_tune.merging.merged import merged_view
+from dsm_tune.reviewing.stores import connect
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,23 +109,34 @@ def test_an_output_that_is_no_number_is_apart() -> None:
     assert not proof.holds
 
 
-def test_an_mlflow_model_predicts_the_eager_logits(tmp_path: Path) -> None:
-    import mlflow.pyfunc
+PREDICT = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import mlflow, numpy
+mlflow.set_tracking_uri(sys.argv[2])
+images = numpy.load("images.npy")
+numpy.save("found.npy", mlflow.pyfunc.load_model(sys.argv[1]).predict({"pixels": images})["logits"])
+"""
 
+
+def _predicted(where: str, images: Tensor, folder: Path, tracking_uri: str) -> Tensor:
+    """What a loaded MLflow model gives, in a process of its own, as a server has it."""
+    np.save(folder / "images.npy", images.numpy())
+    command = [sys.executable, "-c", PREDICT, where, tracking_uri]
+    subprocess.run(command, cwd=folder, capture_output=True, check=True)
+    return torch.from_numpy(np.load(folder / "found.npy"))
+
+
+def test_an_mlflow_model_predicts_the_eager_logits(tmp_path: Path) -> None:
     production.export(demo_source(), "mlflow", str(tmp_path / "model"))
     images = load_split("holdout")[0][:5]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = mlflow.pyfunc.load_model(str(tmp_path / "model"))
-        found = loaded.predict({"pixels": images.numpy()})["logits"]
+    found = _predicted(str(tmp_path / "model"), images, tmp_path, f"sqlite:///{tmp_path}/m.db")
     with torch.no_grad():
         expected = merged_view(create_model(), demo_plan())(images)
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_registered_model_is_the_champion_and_the_former_one_is_kept(tmp_path: Path) -> None:
-    import mlflow
-
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     images = load_split("holdout")[0][:5]
     options = {"register": "digits", "tracking_uri": uri}
@@ -131,19 +144,15 @@ def test_a_registered_model_is_the_champion_and_the_former_one_is_kept(tmp_path:
         source, folder = demo_source(plan), str(tmp_path / "bundle")
         done = production.export(source, "bundle", folder, **options)
     assert (done.registered, done.version) == ("digits", "2")
-    aliases = dict(mlflow.MlflowClient(uri).get_registered_model("digits").aliases)
+    aliases = dict(connect(uri).get_registered_model("digits").aliases)
     assert {name: str(version) for name, version in aliases.items()} == {
         "champion": "2",
         "previous": "1",
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        mlflow.set_tracking_uri(uri)
-        loaded = mlflow.pyfunc.load_model("models:/digits@champion")
-        found = loaded.predict({"pixels": images.numpy()})["logits"]
+    found = _predicted("models:/digits@champion", images, tmp_path, uri)
     with torch.no_grad():
         expected = merged_view(create_model(), demo_plan(5))(images)
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a:b", " "])

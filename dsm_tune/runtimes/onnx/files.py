@@ -83,7 +83,7 @@ def opened(
 
     pieces = Pieces(model)
     for plan in plans:
-        yield session(graph_of(pieces, plan).SerializeToString(), threads)
+        yield session(graph_of(pieces, plan).SerializeToString(), threads, shared=True)
 
 
 def _check(model: nn.Module, plan: MergePlan) -> None:
@@ -110,13 +110,15 @@ def _write(file: Path, content: bytes) -> None:
         raise
 
 
-def session(model: Path | bytes, threads: int) -> Callable[..., Tensor]:
+def session(model: Path | bytes, threads: int, *, shared: bool = False) -> Callable[..., Tensor]:
     """Open a graph in ONNX Runtime on the CPU.
 
     Args:
         model: an ONNX file, or its content.
-        threads: of one operator, >= 1. All sessions of a process that are opened for as many as
-            the first one share their threads, so that none of them waits beside another's.
+        threads: of one operator, >= 1.
+        shared: whether it shares its threads with all further sessions of this process, so that
+            none of them waits beside another's: for sessions that are timed in turn. The first
+            such session says how many there are.
 
     Returns:
         A function from the graph's inputs, float32 on the CPU, in their order (a merged model has
@@ -132,7 +134,7 @@ def session(model: Path | bytes, threads: int) -> Callable[..., Tensor]:
     if threads < 1:
         raise ConfigError(f"threads must be at least 1, but got {threads}")
     options = onnxruntime.SessionOptions()
-    if _shared_threads(onnxruntime, threads) == threads:
+    if _shares(onnxruntime, threads, shared):
         options.use_per_session_threads = False
     else:
         options.intra_op_num_threads = threads
@@ -155,12 +157,12 @@ def session(model: Path | bytes, threads: int) -> Callable[..., Tensor]:
 _shared: list[int] = []
 
 
-def _shared_threads(onnxruntime: Any, threads: int) -> int:
-    """How many threads the sessions of this process share; the first session decides."""
-    if not _shared:
+def _shares(onnxruntime: Any, threads: int, wanted: bool) -> bool:
+    """Whether a session is to use the threads that are shared; where there are any, it must."""
+    if wanted and not _shared:
         onnxruntime.set_global_thread_pool_sizes(threads, 1)
         _shared.append(threads)
-    return _shared[0]
+    return bool(_shared)
 
 
 def need_packages(purpose: str, *names: str) -> None:

@@ -73,7 +73,7 @@ class Geometry:
         classes: outputs of the head; 0 where the model has none.
         head: what the head reads: ``token`` (the class token), ``distilled`` (class and
             distillation tokens, two linear heads), ``avg`` (mean of the patch tokens) or ``map``
-            (attention pooling).
+            (attention pooling of the patch tokens).
     """
 
     grid: tuple[int, int]
@@ -224,7 +224,7 @@ class MergePlan:
         steps: at most one step per block, in ascending order.
         matching: how tokens are compared.
         proportional_attention: whether the logarithm of a key token's size is added to the
-            attention logits (ToMe, section 3.2).
+            attention logits (ToMe, section 3.2), those of an attention-pooling head included.
         last_block: ``all``, or ``prefix``: only the prefix tokens go through the last block,
             which is lossless where the head reads nothing else.
 
@@ -340,9 +340,10 @@ class MergePlan:
 
     @property
     def pools_by_size(self) -> bool:
-        """Whether the head takes a mean over tokens that have sizes."""
+        """Whether the head takes a mean over tokens that have sizes, or attends to them."""
+        attends = self.geometry.head == "map" and self.proportional_attention
         merges = any(step.kind == "merge" for step in self.active_steps)
-        return self.geometry.head == "avg" and merges
+        return merges and (self.geometry.head == "avg" or attends)
 
     @cached_property
     def digest(self) -> str:
@@ -451,8 +452,9 @@ def _stem_and_head_macs(plan: MergePlan) -> int:
     g = plan.geometry
     stem = g.patches * g.width * 3 * g.patch**2
     if g.head == "map":
-        pool = 2 * g.width**2 + plan.tokens[-1] * 2 * g.width**2
-        pool += 2 * plan.tokens[-1] * g.width + 2 * g.width * g.hidden
+        seen = plan.tokens[-1] - g.prefix
+        pool = 2 * g.width**2 + seen * 2 * g.width**2
+        pool += 2 * seen * g.width + 2 * g.width * g.hidden
     else:
         pool = 0
     return stem + pool + g.width * g.classes * (2 if g.head == "distilled" else 1)

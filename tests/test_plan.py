@@ -146,7 +146,7 @@ def test_the_cost_is_the_closed_form_of_the_method(plan: MergePlan) -> None:
         elif step:
             total += attention[m.prune_score]
     if g.head == "map":
-        n = plan.tokens[-1]
+        n = plan.tokens[-1] - g.prefix
         total += 2 * c**2 + 2 * n * c**2 + 2 * n * c + 2 * c * hidden
     assert plan.macs == total
     assert plan.gmacs == total / 1e9

@@ -31,6 +31,7 @@ class MergedBlocks(nn.Sequential):
         self.steps = {step.block: step for step in plan.active_steps}
         self.last_local = plan.last_local
         self.final_norm: Any = None
+        self.attention_pool: Any = None
         self.pooled_from = 0
         if plan.matching.feature == "random":
             for step in self.steps.values():
@@ -43,19 +44,24 @@ class MergedBlocks(nn.Sequential):
         return self.leave(self.run(Tokens(x)))
 
     def leave(self, tokens: Tokens) -> Tensor:
-        """What the model goes on with: [B, N', C]; [B, p + 1, C] where the head takes the mean.
+        """What the model goes on with: [B, N', C]; [B, p + 1, C] where the head pools by size.
 
         A mean over the original tokens needs the sizes, which timm's head does not know. It is
         taken here, behind the final norm, and stands for all patch tokens (for all tokens, where
-        the mean includes the prefix): the head's own mean of one token leaves it as it is.
+        the mean includes the prefix): the head's own mean of one token leaves it as it is. So does
+        an attention-pooling head, which is called here and then hands on what it is given.
         """
         if self.final_norm is None or tokens.size is None:
             return tokens.x
         first = self.pooled_from
         x = type(self.final_norm).forward(self.final_norm, tokens.x)
-        weight = tokens.size[:, first:] / tokens.size[:, first:].sum(dim=1, keepdim=True)
-        mean = (x[:, first:] * weight.unsqueeze(2).to(x.dtype)).sum(dim=1, keepdim=True)
-        return torch.cat([x[:, :first], mean], dim=1)
+        size = tokens.size[:, first:]
+        if self.attention_pool is not None:
+            pooled = backbone.pool_by_size(self.attention_pool, x[:, first:], size).unsqueeze(1)
+        else:
+            weight = (size / size.sum(dim=1, keepdim=True)).unsqueeze(2)
+            pooled = (x[:, first:] * weight.to(x.dtype)).sum(dim=1, keepdim=True)
+        return torch.cat([x[:, :first], pooled], dim=1)
 
     def run(self, tokens: Tokens, first: int = 0) -> Tokens:
         """Run the blocks from ``first`` on, on tokens of which none has left yet."""
@@ -199,17 +205,22 @@ def apply(model: nn.Module, plan: MergePlan) -> Callable[[], None]:
     device = next(model.parameters()).device
     for name, buffer in merged_blocks.named_buffers(recurse=False):
         setattr(merged_blocks, name, buffer.to(device))
-    norm = parts.norm
+    norm, pool = parts.norm, parts.attn_pool
     if plan.pools_by_size:
-        # No child of the blocks, or it would appear in the state_dict twice.
+        # No children of the blocks, or they would appear in the state_dict twice.
         object.__setattr__(merged_blocks, "final_norm", norm)
-        merged_blocks.pooled_from = 0 if parts.pool_include_prefix else geometry.prefix
         object.__setattr__(norm, "forward", _done_already)
+        merged_blocks.pooled_from = 0 if parts.pool_include_prefix else geometry.prefix
+        if pool is not None:
+            object.__setattr__(merged_blocks, "attention_pool", pool)
+            object.__setattr__(pool, "forward", _pooled_already)
     parts.blocks = merged_blocks
 
     def restore() -> None:
         parts.blocks = blocks
-        norm.__dict__.pop("forward", None)
+        for module in (norm, pool):
+            if module is not None:
+                module.__dict__.pop("forward", None)
 
     return restore
 
@@ -217,6 +228,11 @@ def apply(model: nn.Module, plan: MergePlan) -> Callable[[], None]:
 def _done_already(x: Tensor) -> Tensor:
     """What the final norm does where :meth:`MergedBlocks.leave` has applied it."""
     return x
+
+
+def _pooled_already(x: Tensor) -> Tensor:
+    """What an attention-pooling head does of [B, 1, C] that it has pooled before."""
+    return x[:, 0]
 
 
 @contextmanager
@@ -245,7 +261,9 @@ def merged_view(model: nn.Module, plan: MergePlan) -> nn.Module:
     """Return a second model that shares all weights with ``model`` and is under a plan for good."""
     view = copy.copy(model)
     view._modules = dict(model._modules)
-    view._modules["norm"] = copy.copy(model._modules["norm"])  # `apply` may change how it is called
+    for name in ("norm", "attn_pool"):  # `apply` may change how they are called
+        if model._modules.get(name) is not None:
+            view._modules[name] = copy.copy(model._modules[name])
     apply(view, plan)
     return view
 

@@ -241,6 +241,23 @@ def _prune(tokens: list[Token], worth: list[float], r: int, prefix: int) -> list
     return tokens[:prefix] + [tokens[i] for i in kept]
 
 
+def _pool_by_attention(pool: Any, x: torch.Tensor, tokens: list[Token], plan: Any) -> torch.Tensor:
+    """One latent token attends to all patch tokens: [1, C]."""
+    queries, (keys, values) = pool.q(pool.latent[0])[0], pool.kv(x).chunk(2, dim=1)
+    d = len(queries) // pool.num_heads
+    outputs = []
+    for head in range(pool.num_heads):
+        channels = slice(head * d, (head + 1) * d)
+        logits = [float(queries[channels] @ key[channels]) / math.sqrt(d) for key in keys]
+        if plan.proportional_attention:
+            logits = [one + math.log(t.size) for one, t in zip(logits, tokens, strict=True)]
+        weights = np.exp(np.array(logits) - max(logits))
+        weights = torch.from_numpy((weights / weights.sum()).astype(np.float32))
+        outputs.append(weights @ values[:, channels])
+    mixed = pool.proj(torch.cat(outputs)[None])
+    return mixed + pool.mlp(pool.norm(mixed))
+
+
 def _read(model: Any, plan: Any, tokens: list[Token]) -> np.ndarray:
     """What the head makes of the tokens; an average counts every original token once."""
     x = model.norm(_tensor(tokens))
@@ -248,6 +265,9 @@ def _read(model: Any, plan: Any, tokens: list[Token]) -> np.ndarray:
         pooled = x[:, 0]
     elif plan.geometry.head == "distilled":
         return ((model.head(x[:, 0]) + model.head_dist(x[:, 1])) / 2)[0].numpy()
+    elif plan.geometry.head == "map":
+        first = plan.geometry.prefix
+        pooled = _pool_by_attention(model.attn_pool, x[0, first:], tokens[first:], plan)
     else:
         first = 0 if model.pool_include_prefix else plan.geometry.prefix
         sizes = torch.tensor([float(token.size) for token in tokens[first:]])

@@ -46,14 +46,15 @@ def divergence(dense: Tensor, logits: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "kind", ["class", "distilled", "registers", "avg", "avg_class", "avg_prefix"]
+    "kind",
+    ["class", "distilled", "registers", "avg", "avg_class", "avg_prefix", "map", "map_registers"],
 )
 def test_global_merging_equals_the_oracle_for_every_head_and_prefix(kind: str) -> None:
     model = small_vit(kind, (14, 14))
     assert_same(model, tome_plan(model, 23), images_for(model, 10))
 
 
-@pytest.mark.parametrize("kind", ["layerscale", "qk_norm", "pre_norm"])
+@pytest.mark.parametrize("kind", ["layerscale", "qk_norm", "pre_norm", "swiglu"])
 def test_global_merging_equals_the_oracle_for_every_sort_of_block(kind: str) -> None:
     model = small_vit(kind, (13, 17))
     assert_same(model, tome_plan(model, 31), images_for(model, 10))
@@ -159,8 +160,9 @@ def test_a_prefix_only_last_block_equals_the_oracle(kind: str, proportional: boo
     assert_same(model, plan, images_for(model, 10))
 
 
-def test_without_proportional_attention_it_equals_the_oracle() -> None:
-    model = small_vit("class", (14, 14))
+@pytest.mark.parametrize("kind", ["class", "map_registers"])
+def test_without_proportional_attention_it_equals_the_oracle(kind: str) -> None:
+    model = small_vit(kind, (14, 14))
     plan = dataclasses.replace(tome_plan(model, 40), proportional_attention=False)
     assert_same(model, plan, images_for(model, 10))
 

@@ -25,8 +25,8 @@ QUOTAS = ("equal", "free")
 POSITIONS = ("destination", "centroid")
 NORMS = ("free", "mean", "largest")
 ATTENTIONS = ("class", "received")
-PRUNE_SCORES = ("norm", "class", "received")
-KINDS = ("merge", "prune")
+PRUNE_SCORES = ("norm", "class", "received", "ats")
+KINDS = ("merge", "prune", "fuse")
 LAST_BLOCKS = ("all", "prefix")
 LARGEST = 1 << 20  # no count in a plan is larger; keeps hostile files cheap to refuse
 
@@ -142,10 +142,11 @@ class Matching:
         size_penalty: weight β of ``log(s_a s_b / (s_a + s_b))``, subtracted from the score.
         attention_weight: power γ of the attention that a token receives, in its weight
             ``size · attention^γ`` in a mean; 0 for the size alone.
-        norm: length of a merged token: ``free``, that of the mean; or the mean is scaled to the
-            weighted ``mean`` or to the ``largest`` of the lengths of what was merged.
-        prune_score: what a prune step keeps: a large L2 ``norm`` of the feature, or much
-            attention of the ``class`` token or ``received`` from all tokens.
+        norm: length of a merged or fused token: ``free``, that of the mean; or the mean is scaled
+            to the weighted ``mean`` or to the ``largest`` of the lengths of what it is made of.
+        prune_score: what prune and fuse steps keep: a large L2 ``norm`` of the feature, much
+            attention of the ``class`` token or ``received`` from all tokens, or much of the class
+            token's attention times the length of the value (``ats``).
         seed: of the ``random`` feature.
     """
 
@@ -179,8 +180,8 @@ class Matching:
 
     def attention_for(self, kind: str) -> str | None:
         """Whose attention a step of a kind looks at: ``class``, ``received``, or ``None``."""
-        if kind == "prune":
-            return None if self.prune_score == "norm" else self.prune_score
+        if kind != "merge":
+            return {"norm": None, "ats": "class"}.get(self.prune_score, self.prune_score)
         return self.attention if self.needs_attention else None
 
     def feature_width(self, geometry: Geometry) -> int:
@@ -196,7 +197,8 @@ class Step:
 
     Attributes:
         block: index of the block, from 0.
-        kind: ``merge`` or ``prune``.
+        kind: ``merge``; ``prune``, which drops the r tokens with the lowest scores; or ``fuse``,
+            which makes one token of the r + 1 lowest, their mean weighed by the scores.
         r: tokens to remove; as many as there are, if there are fewer.
         window: side of the local windows in tokens of the original grid; ``None`` for global.
     """
@@ -268,7 +270,7 @@ class MergePlan:
         ):
             raise PlanError(
                 "matching.attention and matching.prune_score must not be 'class' for a model "
-                "without a class token; 'received' is accepted"
+                "without a class token, nor prune_score 'ats'; 'received' is accepted"
             )
 
     def _check_last_block(self) -> None:
@@ -342,8 +344,8 @@ class MergePlan:
     def pools_by_size(self) -> bool:
         """Whether the head takes a mean over tokens that have sizes, or attends to them."""
         attends = self.geometry.head == "map" and self.proportional_attention
-        merges = any(step.kind == "merge" for step in self.active_steps)
-        return merges and (self.geometry.head == "avg" or attends)
+        has_sizes = any(step.kind != "prune" for step in self.active_steps)
+        return has_sizes and (self.geometry.head == "avg" or attends)
 
     @cached_property
     def digest(self) -> str:
@@ -409,7 +411,7 @@ class MergePlan:
 def _used(matching: Matching, steps: tuple[Step, ...]) -> Matching:
     """Return the matching with every option at its default that has no effect on the steps."""
     merges = any(step.kind == "merge" for step in steps)
-    prunes = any(step.kind == "prune" for step in steps)
+    prunes = any(step.kind != "merge" for step in steps)
     compares = merges or (prunes and matching.prune_score == "norm")
     local = any(step.window for step in steps)
     used = {
@@ -420,7 +422,7 @@ def _used(matching: Matching, steps: tuple[Step, ...]) -> Matching:
         "attention": merges and matching.needs_attention,
         "size_penalty": merges,
         "attention_weight": merges,
-        "norm": merges,
+        "norm": any(step.kind != "prune" for step in steps),
         "prune_score": prunes,
         "seed": compares and matching.feature == "random",
     }
@@ -477,6 +479,6 @@ def step_macs(g: Geometry, matching: Matching, kind: str, n: int) -> int:
     """Multiply-adds of the products that choose what leaves, from ``n`` tokens."""
     whose = matching.attention_for(kind)
     macs = {None: 0, "class": n * g.width, "received": n * n * g.width}[whose]
-    if kind == "prune":
+    if kind != "merge":
         return macs
     return macs + math.ceil(n / 2) * (n // 2) * matching.feature_width(g)

@@ -97,7 +97,8 @@ def _linear_layers(mlp: Any) -> list[Any]:
 
 
 def _hidden(mlp: Any, width: int) -> int:
-    return sum(layer.weight.numel() for layer in _linear_layers(mlp)) // (2 * width)
+    numbers: int = sum(layer.weight.numel() for layer in _linear_layers(mlp))
+    return numbers // (2 * width)
 
 
 def _refusal(model: nn.Module, reason: str) -> ModelError:

@@ -1,4 +1,4 @@
-"""What becomes of tokens when some leave: merge and prune, as pure functions on tensors.
+"""What becomes of tokens when some leave: merge, prune and fuse, as pure functions on tensors.
 
 Letters in shapes are those of :mod:`~dsm_tune.merging.matching`. Everything has a static shape and
 gives the same bits twice.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsm_tune.merging.matching import Choice, first_positions, halves
 
-__all__ = ["Tokens", "merge", "prune"]
+__all__ = ["Tokens", "fuse", "merge", "prune"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,8 +253,77 @@ def prune(tokens: Tokens, scores: Tensor, r: int, prefix: int) -> Tokens:
         r: tokens to drop, less than N - p.
         prefix: p.
     """
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    kept = order[:, : scores.shape[1] - r].sort(dim=1).values + prefix
+    kept = _by_worth(scores)[:, : scores.shape[1] - r]
+    return _keep(tokens, kept, prefix)
+
+
+def fuse(
+    tokens: Tokens,
+    scores: Tensor,
+    r: int,
+    prefix: int,
+    *,
+    norm: str = "free",
+    centroid: bool = False,
+) -> Tokens:
+    """Make one token of the r + 1 patch tokens with the lowest scores; the rest stays in order.
+
+    EViT's inattentive token fusion (Liang et al., ICLR 2022, section 3.3), as a mean: its sum
+    ``Σ score · x`` is divided by ``Σ score``, so that nothing need be trained to its length.
+
+    Args:
+        tokens: N tokens.
+        scores: [B, N - p] float32, 0 or more: which tokens leave, and their weights in the mean.
+        r: tokens that are gone afterwards, from 1 to N - p - 1.
+        prefix: p.
+        norm: as of :func:`merge`.
+        centroid: whether the fused token stands at the weighted mean of the places, instead of at
+            the place of the one among them with the highest score.
+
+    Returns:
+        N - r tokens: those that stayed, then the fused one, of the size of all it is made of.
+    """
+    order = _by_worth(scores)
+    most = scores.shape[1] - r - 1
+    kept, least = order[:, :most], order[:, most:]
+    share = scores.gather(1, least).clamp_min(1e-12).unsqueeze(2)
+    share = share / share.sum(dim=1, keepdim=True)
+    rest, least = _keep(tokens, kept, prefix), least + prefix
+    parts = _rows(tokens.x, least).float()
+    fused = (parts * share).sum(dim=1, keepdim=True)
+    if norm != "free":
+        length = torch.linalg.vector_norm(parts, dim=2, keepdim=True)
+        wanted = (
+            (length * share).sum(dim=1, keepdim=True) if norm == "mean" else length.amax(1, True)
+        )
+        actual = torch.linalg.vector_norm(fused, dim=2, keepdim=True)
+        fused = fused * (wanted / actual.clamp_min(1e-6))
+    size = tokens.size
+    if size is None:
+        size = tokens.x.new_ones(tokens.x.shape[:2], dtype=torch.float32)
+    whole = size.gather(1, least).sum(dim=1, keepdim=True)
+    stayed = size.new_ones(rest.x.shape[:2]) if rest.size is None else rest.size
+    place = rest.place
+    if tokens.place is not None and place is not None:
+        places = _rows(tokens.place, least)
+        here = (places * share).sum(dim=1, keepdim=True) if centroid else places[:, :1]
+        place = torch.cat([place, here], dim=1)
+    origin = rest.origin
+    if tokens.origin is not None and origin is not None:
+        joined = origin.masked_fill(origin < 0, rest.x.shape[1])
+        origin = joined.masked_fill(tokens.origin < 0, -1)
+    x = torch.cat([rest.x, fused.to(tokens.x.dtype)], dim=1)
+    return Tokens(x, torch.cat([stayed, whole], dim=1), place, origin)
+
+
+def _by_worth(scores: Tensor) -> Tensor:
+    """Patch tokens from the highest score to the lowest, of equal ones the first first: [B, n]."""
+    return scores.sort(dim=1, descending=True, stable=True).indices
+
+
+def _keep(tokens: Tokens, kept: Tensor, prefix: int) -> Tokens:
+    """The prefix and the patch tokens [B, m] of any order, in the order of the sequence."""
+    kept = kept.sort(dim=1).values + prefix
     first = torch.arange(prefix, device=kept.device).expand(kept.shape[0], prefix)
     index = torch.cat([first, kept], dim=1)
     origin = tokens.origin

@@ -98,23 +98,25 @@ class MergedBlocks(nn.Sequential):
         options, prefix = self.plan.matching, self.plan.geometry.prefix
         if step.block <= self.last_local and tokens.place is None:
             tokens = dataclasses.replace(tokens, place=self._places(tokens.x))
-        whose, received = options.attention_for(step.kind), None
-        if whose is not None:
-            received = scores.attention_to(whose, parts, log_size)
-        if step.kind == "prune" and received is not None:
-            return joining.prune(tokens, received[:, prefix:], step.r, prefix)
-        if options.feature == "random":
-            feature = (
-                getattr(self, _random_name(step))
-                .to(tokens.x.dtype)
-                .expand(tokens.x.shape[0], -1, -1)
-            )
-        else:
-            level = step.kind == "merge"
-            feature = scores.feature_of(options.feature, tokens.x, parts, level=level)
+        if step.kind == "merge":
+            received = None
+            if options.needs_attention:
+                received = scores.attention_to(options.attention, parts, log_size)
+            return self._merge(tokens, step, self._feature(tokens, step, parts), received)
+        worth = scores.worth_of(
+            options, parts, log_size, prefix, lambda: self._feature(tokens, step, parts)
+        )
         if step.kind == "prune":
-            return joining.prune(tokens, feature[:, prefix:].float().norm(dim=-1), step.r, prefix)
-        return self._merge(tokens, step, feature, received)
+            return joining.prune(tokens, worth, step.r, prefix)
+        centroid = options.position == "centroid"
+        return joining.fuse(tokens, worth, step.r, prefix, norm=options.norm, centroid=centroid)
+
+    def _feature(self, tokens: Tokens, step: Step, parts: backbone.Projections) -> Tensor:
+        kind = self.plan.matching.feature
+        if kind != "random":
+            return scores.feature_of(kind, tokens.x, parts, level=step.kind == "merge")
+        numbers: Tensor = getattr(self, _random_name(step))
+        return numbers.to(tokens.x.dtype).expand(tokens.x.shape[0], -1, -1)
 
     def _merge(
         self, tokens: Tokens, step: Step, feature: Tensor, received: Tensor | None

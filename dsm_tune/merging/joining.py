@@ -268,7 +268,7 @@ def fuse(
 ) -> Tokens:
     """Make one token of the r + 1 patch tokens with the lowest scores; the rest stays in order.
 
-    EViT's inattentive token fusion (Liang et al., ICLR 2022, section 3.3), as a mean: its sum
+    EViT's inattentive token fusion (Liang et al., ICLR 2022), as a mean: its sum
     ``Σ score · x`` is divided by ``Σ score``, so that nothing need be trained to its length.
 
     Args:

@@ -68,8 +68,8 @@ def _shares(kind: str, parts: Projections, log_size: Tensor | None) -> Tensor:
 def attention_to_values(parts: Projections, log_size: Tensor | None, prefix: int) -> Tensor:
     """``A_1j ‖V_j‖ / Σ_i A_1i ‖V_i‖`` over the patch tokens, mean over heads.
 
-    The significance score of Adaptive Token Sampling (Fayyaz et al., ECCV 2022, eq. 3), there with
-    a sum over heads; A_1 is the attention of the class token.
+    The significance score of Adaptive Token Sampling (Fayyaz et al., ECCV 2022), there with a
+    sum over heads; A_1 is the attention of the class token.
 
     Args:
         parts: projections of the block.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.errors import ModelError, PlanError
-from dsm_tune.merging import backbone, joining, matching, scores
+from dsm_tune.merging import backbone, dropping, joining, matching, scores
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.plan import MergePlan, Step
 
@@ -107,9 +107,9 @@ class MergedBlocks(nn.Sequential):
             options, parts, log_size, prefix, lambda: self._feature(tokens, step, parts)
         )
         if step.kind == "prune":
-            return joining.prune(tokens, worth, step.r, prefix)
+            return dropping.prune(tokens, worth, step.r, prefix)
         centroid = options.position == "centroid"
-        return joining.fuse(tokens, worth, step.r, prefix, norm=options.norm, centroid=centroid)
+        return dropping.fuse(tokens, worth, step.r, prefix, norm=options.norm, centroid=centroid)
 
     def _feature(self, tokens: Tokens, step: Step, parts: backbone.Projections) -> Tensor:
         kind = self.plan.matching.feature

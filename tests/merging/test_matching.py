@@ -13,7 +13,8 @@ import torch
 from hypothesis import assume, given
 from torch import Tensor
 
-from dsm_tune.merging.joining import Tokens, fuse, merge, prune
+from dsm_tune.merging.dropping import fuse, prune
+from dsm_tune.merging.joining import Tokens, merge
 from dsm_tune.merging.matching import Choice, choose_edges, halves, similarity, tile
 
 

@@ -77,7 +77,7 @@ def prune(g: Builder, state: State, scores: Value, layout: Layout) -> State:
 
 
 def fuse(g: Builder, state: State, scores: Value, options: Matching, layout: Layout) -> State:
-    """What :func:`dsm_tune.merging.joining.fuse` gives."""
+    """What :func:`dsm_tune.merging.dropping.fuse` gives."""
     several = layout.r + 1
     stays, leaves, least = _least(g, scores, several, layout)
     weight = g.Max(g.GatherElements(scores, least, axis=1), g.constant(1e-12, np.float32))

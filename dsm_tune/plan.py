@@ -25,8 +25,8 @@ QUOTAS = ("equal", "free")
 POSITIONS = ("destination", "centroid")
 NORMS = ("free", "mean", "largest")
 ATTENTIONS = ("class", "received")
-PRUNE_SCORES = ("norm", "class", "received")
-KINDS = ("merge", "prune")
+PRUNE_SCORES = ("norm", "class", "received", "ats")
+KINDS = ("merge", "prune", "fuse")
 LAST_BLOCKS = ("all", "prefix")
 LARGEST = 1 << 20  # no count in a plan is larger; keeps hostile files cheap to refuse
 
@@ -73,7 +73,7 @@ class Geometry:
         classes: outputs of the head; 0 where the model has none.
         head: what the head reads: ``token`` (the class token), ``distilled`` (class and
             distillation tokens, two linear heads), ``avg`` (mean of the patch tokens) or ``map``
-            (attention pooling).
+            (attention pooling of the patch tokens).
     """
 
     grid: tuple[int, int]
@@ -142,10 +142,11 @@ class Matching:
         size_penalty: weight β of ``log(s_a s_b / (s_a + s_b))``, subtracted from the score.
         attention_weight: power γ of the attention that a token receives, in its weight
             ``size · attention^γ`` in a mean; 0 for the size alone.
-        norm: length of a merged token: ``free``, that of the mean; or the mean is scaled to the
-            weighted ``mean`` or to the ``largest`` of the lengths of what was merged.
-        prune_score: what a prune step keeps: a large L2 ``norm`` of the feature, or much
-            attention of the ``class`` token or ``received`` from all tokens.
+        norm: length of a merged or fused token: ``free``, that of the mean; or the mean is scaled
+            to the weighted ``mean`` or to the ``largest`` of the lengths of what it is made of.
+        prune_score: what prune and fuse steps keep: a large L2 ``norm`` of the feature, much
+            attention of the ``class`` token or ``received`` from all tokens, or much of the class
+            token's attention times the length of the value (``ats``).
         seed: of the ``random`` feature.
     """
 
@@ -179,8 +180,8 @@ class Matching:
 
     def attention_for(self, kind: str) -> str | None:
         """Whose attention a step of a kind looks at: ``class``, ``received``, or ``None``."""
-        if kind == "prune":
-            return None if self.prune_score == "norm" else self.prune_score
+        if kind != "merge":
+            return {"norm": None, "ats": "class"}.get(self.prune_score, self.prune_score)
         return self.attention if self.needs_attention else None
 
     def feature_width(self, geometry: Geometry) -> int:
@@ -196,7 +197,8 @@ class Step:
 
     Attributes:
         block: index of the block, from 0.
-        kind: ``merge`` or ``prune``.
+        kind: ``merge``; ``prune``, which drops the r tokens with the lowest scores; or ``fuse``,
+            which makes one token of the r + 1 lowest, their mean weighed by the scores.
         r: tokens to remove; as many as there are, if there are fewer.
         window: side of the local windows in tokens of the original grid; ``None`` for global.
     """
@@ -224,7 +226,7 @@ class MergePlan:
         steps: at most one step per block, in ascending order.
         matching: how tokens are compared.
         proportional_attention: whether the logarithm of a key token's size is added to the
-            attention logits (ToMe, section 3.2).
+            attention logits (ToMe, section 3.2), those of an attention-pooling head included.
         last_block: ``all``, or ``prefix``: only the prefix tokens go through the last block,
             which is lossless where the head reads nothing else.
 
@@ -268,7 +270,7 @@ class MergePlan:
         ):
             raise PlanError(
                 "matching.attention and matching.prune_score must not be 'class' for a model "
-                "without a class token; 'received' is accepted"
+                "without a class token, nor prune_score 'ats'; 'received' is accepted"
             )
 
     def _check_last_block(self) -> None:
@@ -340,9 +342,10 @@ class MergePlan:
 
     @property
     def pools_by_size(self) -> bool:
-        """Whether the head takes a mean over tokens that have sizes."""
-        merges = any(step.kind == "merge" for step in self.active_steps)
-        return self.geometry.head == "avg" and merges
+        """Whether the head takes a mean over tokens that have sizes, or attends to them."""
+        attends = self.geometry.head == "map" and self.proportional_attention
+        has_sizes = any(step.kind != "prune" for step in self.active_steps)
+        return has_sizes and (self.geometry.head == "avg" or attends)
 
     @cached_property
     def digest(self) -> str:
@@ -408,7 +411,7 @@ class MergePlan:
 def _used(matching: Matching, steps: tuple[Step, ...]) -> Matching:
     """Return the matching with every option at its default that has no effect on the steps."""
     merges = any(step.kind == "merge" for step in steps)
-    prunes = any(step.kind == "prune" for step in steps)
+    prunes = any(step.kind != "merge" for step in steps)
     compares = merges or (prunes and matching.prune_score == "norm")
     local = any(step.window for step in steps)
     used = {
@@ -419,7 +422,7 @@ def _used(matching: Matching, steps: tuple[Step, ...]) -> Matching:
         "attention": merges and matching.needs_attention,
         "size_penalty": merges,
         "attention_weight": merges,
-        "norm": merges,
+        "norm": any(step.kind != "prune" for step in steps),
         "prune_score": prunes,
         "seed": compares and matching.feature == "random",
     }
@@ -451,8 +454,9 @@ def _stem_and_head_macs(plan: MergePlan) -> int:
     g = plan.geometry
     stem = g.patches * g.width * 3 * g.patch**2
     if g.head == "map":
-        pool = 2 * g.width**2 + plan.tokens[-1] * 2 * g.width**2
-        pool += 2 * plan.tokens[-1] * g.width + 2 * g.width * g.hidden
+        seen = plan.tokens[-1] - g.prefix
+        pool = 2 * g.width**2 + seen * 2 * g.width**2
+        pool += 2 * seen * g.width + 2 * g.width * g.hidden
     else:
         pool = 0
     return stem + pool + g.width * g.classes * (2 if g.head == "distilled" else 1)
@@ -475,6 +479,6 @@ def step_macs(g: Geometry, matching: Matching, kind: str, n: int) -> int:
     """Multiply-adds of the products that choose what leaves, from ``n`` tokens."""
     whose = matching.attention_for(kind)
     macs = {None: 0, "class": n * g.width, "received": n * n * g.width}[whose]
-    if kind == "prune":
+    if kind != "merge":
         return macs
     return macs + math.ceil(n / 2) * (n // 2) * matching.feature_width(g)

@@ -126,14 +126,18 @@ class DeviceProfile:
             total += self._at("attention_sized" if weighted else "attention", before)
             if block in steps:
                 total += self._step(plan, steps[block], before)
-                sized = sized or steps[block].kind == "merge"
+                sized = sized or steps[block].kind != "prune"
             total += self._at("mlp", after)
         return total * self.scale
 
     def _step(self, plan: MergePlan, step: Step, count: int) -> float:
         matching = plan.matching
-        if step.kind == "prune":
-            return self._at(f"prune_{matching.prune_score}", count)
+        if step.kind != "merge":
+            score = matching.prune_score
+            if score == "ats" and "prune_ats" not in self.parts:  # of a profile that is older
+                score = "class"
+            total = self._at(f"prune_{score}", count)
+            return total + (self._at("fuse", count) if step.kind == "fuse" else 0.0)
         total = self._at(f"merge_{matching.feature}", count)
         if step.window is not None:
             total += self._at("local", count)

@@ -72,7 +72,7 @@ def plans(draw: st.DrawFn, shape: Geometry | None = None) -> MergePlan:
     steps = tuple(
         Step(
             block,
-            draw(st.sampled_from(["merge", "prune"])),
+            draw(st.sampled_from(["merge", "prune", "fuse"])),
             draw(st.sampled_from([0, 1]) | st.integers(0, 2 * geometry.patches)),
             draw(st.none() | st.integers(1, 45)),
         )
@@ -139,14 +139,14 @@ def test_the_cost_is_the_closed_form_of_the_method(plan: MergePlan) -> None:
             continue
         total += 4 * n * c**2 + 2 * n**2 * c + 2 * after * c * hidden
         step = steps.get(block)
-        attention = {"class": n * c, "received": n**2 * c, "norm": 0}
+        attention = {"class": n * c, "received": n**2 * c, "norm": 0, "ats": n * c}
         if step and step.kind == "merge":
             total += ((n + 1) // 2) * (n // 2) * m.feature_width(g)
             total += attention[m.attention] if m.salience or m.attention_weight else 0
         elif step:
             total += attention[m.prune_score]
     if g.head == "map":
-        n = plan.tokens[-1]
+        n = plan.tokens[-1] - g.prefix
         total += 2 * c**2 + 2 * n * c**2 + 2 * n * c + 2 * c * hidden
     assert plan.macs == total
     assert plan.gmacs == total / 1e9
@@ -400,6 +400,7 @@ def test_attention_of_a_class_token_that_is_not_there_is_refused() -> None:
     for matching, kind in [
         (Matching(salience=0.5), "merge"),
         (Matching(prune_score="class"), "prune"),
+        (Matching(prune_score="ats"), "fuse"),
     ]:
         with pytest.raises(
             PlanError, match="must not be 'class' for a model without a class token"

@@ -104,5 +104,6 @@ def _steps(
             Matching(salience=0.1, attention_weight=1.0, attention=attention),
             merge,
         )
-    for score in ("norm", *attentions):
+    for score in ("norm", *attentions, *(["ats"] if geometry.prefix else [])):
         yield f"prune_{score}", Matching(prune_score=score), Step(0, "prune", r)
+    yield "fuse", Matching(), Step(0, "fuse", r)

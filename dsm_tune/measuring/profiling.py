@@ -156,11 +156,13 @@ def _time_calls(
 
 
 def _subtract_baseline(parts: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
-    """What local windows, salience and the size penalty add to a merge by keys."""
+    """What local windows, salience and the size penalty add to a merge, and fusing to a prune."""
     result = {}
     for name, times in parts.items():
         if name == "local" or name.startswith(("salience_", "size_penalty", "norm")):
             times = tuple(max(t - k, 0.0) for t, k in zip(times, parts["merge_k"], strict=True))
+        elif name == "fuse":
+            times = tuple(max(t - k, 0.0) for t, k in zip(times, parts["prune_norm"], strict=True))
         result[name] = times
     return result
 
@@ -205,7 +207,7 @@ def _calibrate(
 
 def _with_steps_times(profile: DeviceProfile, factor: float) -> DeviceProfile:
     """The profile with the parts that make up a step multiplied by a factor."""
-    of_steps = ("merge_", "local", "salience_", "size_penalty", "norm", "prune_")
+    of_steps = ("merge_", "local", "salience_", "size_penalty", "norm", "prune_", "fuse")
     parts = {
         name: tuple(factor * ms for ms in times) if name.startswith(of_steps) else times
         for name, times in profile.parts.items()

@@ -1,4 +1,4 @@
-"""What becomes of tokens when some leave: merge and prune, as pure functions on tensors.
+"""What becomes of tokens when some merge with others, as pure functions on tensors.
 
 Letters in shapes are those of :mod:`~dsm_tune.merging.matching`. Everything has a static shape and
 gives the same bits twice.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsm_tune.merging.matching import Choice, first_positions, halves
 
-__all__ = ["Tokens", "merge", "prune"]
+__all__ = ["Tokens", "follow", "merge", "rows_at"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def merge(
         place = moves.by_image(mean(*parts) if centroid else parts[0])
     origin = None
     if tokens.origin is not None:
-        origin = _follow(tokens.origin, _positions(choice, size.shape[1], prefix))
+        origin = follow(tokens.origin, _positions(choice, size.shape[1], prefix))
     return Tokens(moves.by_image(merged), moves.by_image(new_size), place, origin)
 
 
@@ -217,7 +217,7 @@ def _seats(batch: int, count: int, r: int, prefix: int) -> _Seats:
         return _Seats(even.contiguous(), after.contiguous(), rank.flatten(), late)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
     """Rows of [B, n, C] at [B, m]: [B, m, C]; whole rows are copied, unlike by ``gather``."""
     batch, count, width = x.shape
     wanted = index.shape[1]
@@ -240,28 +240,6 @@ def _positions(choice: Choice, count: int, prefix: int) -> Tensor:
     return position
 
 
-def _follow(origin: Tensor, position: Tensor) -> Tensor:
+def follow(origin: Tensor, position: Tensor) -> Tensor:
+    """Where [B, N0] original tokens are, given the new position of each token [B, N]."""
     return position.gather(1, origin.clamp(min=0)).masked_fill(origin < 0, -1)
-
-
-def prune(tokens: Tokens, scores: Tensor, r: int, prefix: int) -> Tokens:
-    """Drop the r patch tokens with the lowest scores; the rest stays in order.
-
-    Args:
-        tokens: N tokens.
-        scores: [B, N - p]; of equal scores, the token with the lower index stays.
-        r: tokens to drop, less than N - p.
-        prefix: p.
-    """
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    kept = order[:, : scores.shape[1] - r].sort(dim=1).values + prefix
-    first = torch.arange(prefix, device=kept.device).expand(kept.shape[0], prefix)
-    index = torch.cat([first, kept], dim=1)
-    origin = tokens.origin
-    if origin is not None:
-        position = torch.full_like(tokens.x[..., 0], -1, dtype=torch.int64)
-        ranks = torch.arange(index.shape[1], device=index.device).expand_as(index)
-        origin = _follow(origin, position.scatter(1, index, ranks))
-    size = None if tokens.size is None else tokens.size.gather(1, index)
-    place = None if tokens.place is None else _rows(tokens.place, index)
-    return Tokens(_rows(tokens.x, index), size, place, origin)

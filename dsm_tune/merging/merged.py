@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.errors import ModelError, PlanError
-from dsm_tune.merging import backbone, joining, matching, scores
+from dsm_tune.merging import backbone, dropping, joining, matching, scores
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.plan import MergePlan, Step
 
@@ -31,6 +31,7 @@ class MergedBlocks(nn.Sequential):
         self.steps = {step.block: step for step in plan.active_steps}
         self.last_local = plan.last_local
         self.final_norm: Any = None
+        self.attention_pool: Any = None
         self.pooled_from = 0
         if plan.matching.feature == "random":
             for step in self.steps.values():
@@ -43,19 +44,24 @@ class MergedBlocks(nn.Sequential):
         return self.leave(self.run(Tokens(x)))
 
     def leave(self, tokens: Tokens) -> Tensor:
-        """What the model goes on with: [B, N', C]; [B, p + 1, C] where the head takes the mean.
+        """What the model goes on with: [B, N', C]; [B, p + 1, C] where the head pools by size.
 
         A mean over the original tokens needs the sizes, which timm's head does not know. It is
         taken here, behind the final norm, and stands for all patch tokens (for all tokens, where
-        the mean includes the prefix): the head's own mean of one token leaves it as it is.
+        the mean includes the prefix): the head's own mean of one token leaves it as it is. So does
+        an attention-pooling head, which is called here and then hands on what it is given.
         """
         if self.final_norm is None or tokens.size is None:
             return tokens.x
         first = self.pooled_from
         x = type(self.final_norm).forward(self.final_norm, tokens.x)
-        weight = tokens.size[:, first:] / tokens.size[:, first:].sum(dim=1, keepdim=True)
-        mean = (x[:, first:] * weight.unsqueeze(2).to(x.dtype)).sum(dim=1, keepdim=True)
-        return torch.cat([x[:, :first], mean], dim=1)
+        size = tokens.size[:, first:]
+        if self.attention_pool is not None:
+            pooled = backbone.pool_by_size(self.attention_pool, x[:, first:], size).unsqueeze(1)
+        else:
+            weight = (size / size.sum(dim=1, keepdim=True)).unsqueeze(2)
+            pooled = (x[:, first:] * weight.to(x.dtype)).sum(dim=1, keepdim=True)
+        return torch.cat([x[:, :first], pooled], dim=1)
 
     def run(self, tokens: Tokens, first: int = 0) -> Tokens:
         """Run the blocks from ``first`` on, on tokens of which none has left yet."""
@@ -92,23 +98,25 @@ class MergedBlocks(nn.Sequential):
         options, prefix = self.plan.matching, self.plan.geometry.prefix
         if step.block <= self.last_local and tokens.place is None:
             tokens = dataclasses.replace(tokens, place=self._places(tokens.x))
-        whose, received = options.attention_for(step.kind), None
-        if whose is not None:
-            received = scores.attention_to(whose, parts, log_size)
-        if step.kind == "prune" and received is not None:
-            return joining.prune(tokens, received[:, prefix:], step.r, prefix)
-        if options.feature == "random":
-            feature = (
-                getattr(self, _random_name(step))
-                .to(tokens.x.dtype)
-                .expand(tokens.x.shape[0], -1, -1)
-            )
-        else:
-            level = step.kind == "merge"
-            feature = scores.feature_of(options.feature, tokens.x, parts, level=level)
+        if step.kind == "merge":
+            received = None
+            if options.needs_attention:
+                received = scores.attention_to(options.attention, parts, log_size)
+            return self._merge(tokens, step, self._feature(tokens, step, parts), received)
+        worth = scores.worth_of(
+            options, parts, log_size, prefix, lambda: self._feature(tokens, step, parts)
+        )
         if step.kind == "prune":
-            return joining.prune(tokens, feature[:, prefix:].float().norm(dim=-1), step.r, prefix)
-        return self._merge(tokens, step, feature, received)
+            return dropping.prune(tokens, worth, step.r, prefix)
+        centroid = options.position == "centroid"
+        return dropping.fuse(tokens, worth, step.r, prefix, norm=options.norm, centroid=centroid)
+
+    def _feature(self, tokens: Tokens, step: Step, parts: backbone.Projections) -> Tensor:
+        kind = self.plan.matching.feature
+        if kind != "random":
+            return scores.feature_of(kind, tokens.x, parts, level=step.kind == "merge")
+        numbers: Tensor = getattr(self, _random_name(step))
+        return numbers.to(tokens.x.dtype).expand(tokens.x.shape[0], -1, -1)
 
     def _merge(
         self, tokens: Tokens, step: Step, feature: Tensor, received: Tensor | None
@@ -199,17 +207,22 @@ def apply(model: nn.Module, plan: MergePlan) -> Callable[[], None]:
     device = next(model.parameters()).device
     for name, buffer in merged_blocks.named_buffers(recurse=False):
         setattr(merged_blocks, name, buffer.to(device))
-    norm = parts.norm
+    norm, pool = parts.norm, parts.attn_pool
     if plan.pools_by_size:
-        # No child of the blocks, or it would appear in the state_dict twice.
+        # No children of the blocks, or they would appear in the state_dict twice.
         object.__setattr__(merged_blocks, "final_norm", norm)
-        merged_blocks.pooled_from = 0 if parts.pool_include_prefix else geometry.prefix
         object.__setattr__(norm, "forward", _done_already)
+        merged_blocks.pooled_from = 0 if parts.pool_include_prefix else geometry.prefix
+        if pool is not None:
+            object.__setattr__(merged_blocks, "attention_pool", pool)
+            object.__setattr__(pool, "forward", _pooled_already)
     parts.blocks = merged_blocks
 
     def restore() -> None:
         parts.blocks = blocks
-        norm.__dict__.pop("forward", None)
+        for module in (norm, pool):
+            if module is not None:
+                module.__dict__.pop("forward", None)
 
     return restore
 
@@ -217,6 +230,11 @@ def apply(model: nn.Module, plan: MergePlan) -> Callable[[], None]:
 def _done_already(x: Tensor) -> Tensor:
     """What the final norm does where :meth:`MergedBlocks.leave` has applied it."""
     return x
+
+
+def _pooled_already(x: Tensor) -> Tensor:
+    """What an attention-pooling head does of [B, 1, C] that it has pooled before."""
+    return x[:, 0]
 
 
 @contextmanager
@@ -245,7 +263,9 @@ def merged_view(model: nn.Module, plan: MergePlan) -> nn.Module:
     """Return a second model that shares all weights with ``model`` and is under a plan for good."""
     view = copy.copy(model)
     view._modules = dict(model._modules)
-    view._modules["norm"] = copy.copy(model._modules["norm"])  # `apply` may change how it is called
+    for name in ("norm", "attn_pool"):  # `apply` may change how they are called
+        if model._modules.get(name) is not None:
+            view._modules[name] = copy.copy(model._modules[name])
     apply(view, plan)
     return view
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from dsm_tune.merging.backbone import Projections
 from dsm_tune.merging.matching import halves, unit
+from dsm_tune.plan import Matching
 
-__all__ = ["attention_to", "feature_of", "size_penalty"]
+__all__ = ["attention_to", "attention_to_values", "feature_of", "size_penalty", "worth_of"]
 
 
 def feature_of(kind: str, x: Tensor, parts: Projections, *, level: bool = True) -> Tensor:
@@ -50,11 +53,63 @@ def attention_to(kind: str, parts: Projections, log_size: Tensor | None) -> Tens
     Returns:
         [B, N] float32; each row sums to 1.
     """
+    return _shares(kind, parts, log_size).mean(dim=(1, 2))
+
+
+def _shares(kind: str, parts: Projections, log_size: Tensor | None) -> Tensor:
+    """Attention of each head from the class token, or from all: [B, H, 1 or N, N] float32."""
     q = parts.q[:, :, :1] if kind == "class" else parts.q
     logits = (q @ parts.k.transpose(-2, -1)).float() * parts.scale
     if log_size is not None:
         logits = logits + log_size[:, None, None, :]
-    return logits.softmax(dim=-1).mean(dim=(1, 2))
+    return logits.softmax(dim=-1)
+
+
+def attention_to_values(parts: Projections, log_size: Tensor | None, prefix: int) -> Tensor:
+    """``A_1j ‖V_j‖ / Σ_i A_1i ‖V_i‖`` over the patch tokens, mean over heads.
+
+    The significance score of Adaptive Token Sampling (Fayyaz et al., ECCV 2022), there with a
+    sum over heads; A_1 is the attention of the class token.
+
+    Args:
+        parts: projections of the block.
+        log_size: [B, N] or ``None``, as the block's own attention had it.
+        prefix: p.
+
+    Returns:
+        [B, N - p] float32; each row sums to 1, or is 0 where all values are.
+    """
+    length: Tensor = torch.linalg.vector_norm(parts.v[:, :, prefix:].float(), dim=-1)
+    worth = _shares("class", parts, log_size)[:, :, 0, prefix:] * length
+    total: Tensor = worth.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+    return (worth / total).mean(dim=1)
+
+
+def worth_of(
+    options: Matching,
+    parts: Projections,
+    log_size: Tensor | None,
+    prefix: int,
+    feature: Callable[[], Tensor],
+) -> Tensor:
+    """What prune and fuse steps keep the largest of.
+
+    Args:
+        options: of the plan.
+        parts: projections of the block.
+        log_size: [B, N] or ``None``, as the block's own attention had it.
+        prefix: p.
+        feature: gives [B, N, F]; called where its length is the score.
+
+    Returns:
+        [B, N - p] float32, 0 or more.
+    """
+    if options.prune_score == "norm":
+        length: Tensor = feature()[:, prefix:].float().norm(dim=-1)
+        return length
+    if options.prune_score == "ats":
+        return attention_to_values(parts, log_size, prefix)
+    return attention_to(options.prune_score, parts, log_size)[:, prefix:]
 
 
 def size_penalty(size: Tensor, prefix: int, beta: float) -> Tensor:

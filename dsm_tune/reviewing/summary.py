@@ -195,7 +195,9 @@ def plan_words(plan: MergePlan) -> str:
     windows = [step.window for step in steps if step.window is not None]
     words = [f"D={steps[0].block}", f"r={_range(counts)}"]
     words += [f"w={_range(windows)}"] if windows else []
-    words += [f"prune×{pruned}"] if (pruned := sum(step.kind == "prune" for step in steps)) else []
+    for kind in ("prune", "fuse"):
+        count = sum(step.kind == kind for step in steps)
+        words += [f"{kind}×{count}"] if count else []
     words += [plan.matching.feature] if plan.matching.feature != "k" else []
     words += [f"λ={plan.matching.salience:.2g}"] if plan.matching.salience else []
     words += ["last=prefix"] if plan.last_block == "prefix" else []

@@ -121,7 +121,7 @@ class Shape:
 
     Attributes:
         shares: relative r of each block; 0 where none leaves.
-        kinds: ``merge`` or ``prune`` for each block.
+        kinds: ``merge``, ``prune`` or ``fuse`` for each block.
         windows: side of the windows in each block, or ``None``.
         matching: as in the plan.
         proportional_attention: as in the plan.

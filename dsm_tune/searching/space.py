@@ -21,6 +21,7 @@ from dsm_tune.plan import (
     LAST_BLOCKS,
     NORMS,
     POSITIONS,
+    PRUNE_SCORES,
     QUOTAS,
     Geometry,
     Matching,
@@ -129,7 +130,8 @@ RULES: dict[str, dict[str, Rule]] = {
         "bump": Rule(-8, 8, default=0.0),
         "jitter": Rule(0, 4, default=0.0),
         "prune_blocks": Rule(0, 64, whole=True, default=0),
-        "prune_score": Rule(choices=("norm", "class", "received"), default="norm"),
+        "prune_kind": Rule(choices=("prune", "fuse"), default="prune"),
+        "prune_score": Rule(choices=PRUNE_SCORES, default="norm"),
         "last_block": Rule(choices=LAST_BLOCKS, default="all"),
         "cost_share": Rule(0.05, 1.0, default=1.0),
     },
@@ -211,7 +213,7 @@ class Space:
             bound["last_block"] = Choices(("all",))
         if not geometry.prefix:
             for name in ("attention", "prune_score"):
-                kept = tuple(v for v in _values(bound[name]) if v != "class")
+                kept = tuple(v for v in _values(bound[name]) if v not in ("class", "ats"))
                 bound[name] = Choices(kept or ("received",))
         for index in range(geometry.depth if bound["jitter"] != Range(0.0, 0.0) else 0):
             largest = bound["jitter"].high if isinstance(bound["jitter"], Range) else 0.0
@@ -293,9 +295,8 @@ def build(params: Mapping[str, Any], geometry: Geometry, delay: int) -> Shape:
         else None
         for block in range(depth)
     ]
-    kinds = [
-        "prune" if block >= end - params["prune_blocks"] else "merge" for block in range(depth)
-    ]
+    drops = params.get("prune_kind", "prune")  # which a study of an older space does not name
+    kinds = [drops if block >= end - params["prune_blocks"] else "merge" for block in range(depth)]
     matching = Matching(
         feature=params["feature"],
         quota=params["quota"],

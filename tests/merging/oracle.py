@@ -64,7 +64,10 @@ def run(model: Any, plan: Any, image: torch.Tensor) -> Outcome:
             merged_yet = merged_yet or r > 0
         elif step is not None:
             r = min(step.r, max(len(tokens) - prefix - 1, 0))
-            tokens = _prune(tokens, _worth(tokens, plan, parts, attention), r, prefix)
+            worth = _worth(tokens, plan, parts, attention)
+            fuses = step.kind == "fuse" and r > 0
+            tokens = (_fuse if fuses else _prune)(tokens, worth, r, prefix, plan)
+            merged_yet = merged_yet or fuses
         _feed_forward(block, tokens)
         members.append([token.members for token in tokens])
     return Outcome(_read(model, plan, tokens), members)
@@ -232,13 +235,63 @@ def _worth(tokens: list[Token], plan: Any, parts: Any, attention: np.ndarray) ->
         every = range(len(tokens))
         features = [_feature(tokens, options.feature, parts, i, level=False) for i in every]
         return [float(np.linalg.norm(feature)) for feature in features]
+    if options.prune_score == "ats":
+        return _class_attention_times_value(tokens, plan, parts, attention)
     return [_received(options.prune_score, attention, i) for i in range(len(tokens))]
 
 
-def _prune(tokens: list[Token], worth: list[float], r: int, prefix: int) -> list[Token]:
+def _class_attention_times_value(
+    tokens: list[Token], plan: Any, parts: Any, attention: np.ndarray
+) -> list[float]:
+    """ATS: in each head, a share of the sum over patch tokens; then over heads."""
+    prefix, worth = plan.geometry.prefix, [0.0] * len(tokens)
+    for head, (_, _, values) in zip(attention, parts, strict=True):
+        each = [float(head[0, i] * np.linalg.norm(values[i])) for i in range(len(tokens))]
+        for i in range(prefix, len(tokens)):
+            worth[i] += each[i] / sum(each[prefix:])
+    return worth
+
+
+def _fuse(tokens: list[Token], worth: list[float], r: int, prefix: int, plan: Any) -> list[Token]:
+    """The r + 1 tokens that are worth least become one."""
+    ranked = sorted(range(prefix, len(tokens)), key=lambda i: -worth[i])
+    kept, least = sorted(ranked[: len(ranked) - r - 1]), ranked[len(ranked) - r - 1 :]
+    group, weights = [tokens[i] for i in least], [worth[i] for i in least]
+    x = sum(t.x.astype(np.float64) * w for t, w in zip(group, weights, strict=True)) / sum(weights)
+    lengths = [float(np.linalg.norm(token.x)) for token in group]
+    if plan.matching.norm == "largest":
+        x = x * max(lengths) / np.linalg.norm(x)
+    elif plan.matching.norm == "mean":
+        x = x * np.average(lengths, weights=weights) / np.linalg.norm(x)
+    fused = Token(x.astype(np.float32), frozenset().union(*(t.members for t in group)))
+    fused.row, fused.column = group[0].row, group[0].column
+    if plan.matching.position == "centroid":
+        fused.row = float(np.average([token.row for token in group], weights=weights))
+        fused.column = float(np.average([token.column for token in group], weights=weights))
+    return tokens[:prefix] + [tokens[i] for i in kept] + [fused]
+
+
+def _prune(tokens: list[Token], worth: list[float], r: int, prefix: int, _: Any) -> list[Token]:
     ranked = sorted(range(prefix, len(tokens)), key=lambda i: -worth[i])
     kept = sorted(ranked[: len(ranked) - r])
     return tokens[:prefix] + [tokens[i] for i in kept]
+
+
+def _pool_by_attention(pool: Any, x: torch.Tensor, tokens: list[Token], plan: Any) -> torch.Tensor:
+    """One latent token attends to all patch tokens: [1, C]."""
+    queries, (keys, values) = pool.q(pool.latent[0])[0], pool.kv(x).chunk(2, dim=1)
+    d = len(queries) // pool.num_heads
+    outputs = []
+    for head in range(pool.num_heads):
+        channels = slice(head * d, (head + 1) * d)
+        logits = [float(queries[channels] @ key[channels]) / math.sqrt(d) for key in keys]
+        if plan.proportional_attention:
+            logits = [one + math.log(t.size) for one, t in zip(logits, tokens, strict=True)]
+        weights = np.exp(np.array(logits) - max(logits))
+        weights = torch.from_numpy((weights / weights.sum()).astype(np.float32))
+        outputs.append(weights @ values[:, channels])
+    mixed = pool.proj(torch.cat(outputs)[None])
+    return mixed + pool.mlp(pool.norm(mixed))
 
 
 def _read(model: Any, plan: Any, tokens: list[Token]) -> np.ndarray:
@@ -248,6 +301,9 @@ def _read(model: Any, plan: Any, tokens: list[Token]) -> np.ndarray:
         pooled = x[:, 0]
     elif plan.geometry.head == "distilled":
         return ((model.head(x[:, 0]) + model.head_dist(x[:, 1])) / 2)[0].numpy()
+    elif plan.geometry.head == "map":
+        first = plan.geometry.prefix
+        pooled = _pool_by_attention(model.attn_pool, x[0, first:], tokens[first:], plan)
     else:
         first = 0 if model.pool_include_prefix else plan.geometry.prefix
         sizes = torch.tensor([float(token.size) for token in tokens[first:]])

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from timm.layers import RmsNorm, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -24,6 +25,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "layerscale": {"init_values": 0.5},
     "qk_norm": {"qk_norm": True},
     "pre_norm": {"pre_norm": True, "qkv_bias": False},
+    "map": {"class_token": False, "global_pool": "map"},
+    "map_registers": {"class_token": False, "global_pool": "map", "reg_tokens": 3},
+    "swiglu": {"mlp_layer": SwiGLU, "norm_layer": RmsNorm},
 }
 GRIDS = [(4, 4), (14, 14), (13, 17), (24, 24)]
 PATCH = 2

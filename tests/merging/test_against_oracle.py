@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsm_tune.merging.merged import merged, trace
 from dsm_tune.merging.published import dsm_plan, tome_plan
-from dsm_tune.plan import Matching, MergePlan
+from dsm_tune.plan import PRUNE_SCORES, Matching, MergePlan
 
 TOLERANCE = 2e-3
 OF_TEN = 9  # a near tie may break differently in two float paths
@@ -46,14 +46,15 @@ def divergence(dense: Tensor, logits: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "kind", ["class", "distilled", "registers", "avg", "avg_class", "avg_prefix"]
+    "kind",
+    ["class", "distilled", "registers", "avg", "avg_class", "avg_prefix", "map", "map_registers"],
 )
 def test_global_merging_equals_the_oracle_for_every_head_and_prefix(kind: str) -> None:
     model = small_vit(kind, (14, 14))
     assert_same(model, tome_plan(model, 23), images_for(model, 10))
 
 
-@pytest.mark.parametrize("kind", ["layerscale", "qk_norm", "pre_norm"])
+@pytest.mark.parametrize("kind", ["layerscale", "qk_norm", "pre_norm", "swiglu"])
 def test_global_merging_equals_the_oracle_for_every_sort_of_block(kind: str) -> None:
     model = small_vit(kind, (13, 17))
     assert_same(model, tome_plan(model, 31), images_for(model, 10))
@@ -121,12 +122,37 @@ def test_means_weighed_by_attention_and_kept_lengths_equal_the_oracle(
     assert_same(model, plan_for(model, *steps, matching=matching), images_for(model, 10))
 
 
-@pytest.mark.parametrize("score", ["norm", "class", "received"])
+@pytest.mark.parametrize("score", PRUNE_SCORES)
 @pytest.mark.parametrize("feature", ["k", "x", "kv", "kv_all"])
 def test_pruning_equals_the_oracle(score: str, feature: str) -> None:
     model = small_vit("class", (14, 14), depth=3)
     steps = [(block, "prune", 50, None) for block in range(3)]
     plan = plan_for(model, *steps, matching=Matching(feature=feature, prune_score=score))
+    assert_same(model, plan, images_for(model, 10))
+
+
+@pytest.mark.parametrize("score", PRUNE_SCORES)
+@pytest.mark.parametrize("norm", ["free", "mean", "largest"])
+@pytest.mark.parametrize("proportional", [True, False])
+def test_fusing_equals_the_oracle(score: str, norm: str, proportional: bool) -> None:
+    model = small_vit("registers", (14, 14), depth=3)
+    steps = [(block, "fuse", 50, None) for block in range(3)]
+    matching = Matching(prune_score=score, norm=norm)
+    plan = plan_for(model, *steps, matching=matching, proportional_attention=proportional)
+    images = images_for(model, 10)
+    assert_same(model, plan, images)
+    dropped = plan_for(model, *[(block, "prune", 50, None) for block in range(3)])
+    dropped = dataclasses.replace(dropped, matching=matching)
+    assert share_that_agrees(logits_of(model, plan, images), logits_of(model, dropped, images)) < 1
+
+
+@pytest.mark.parametrize("kind", ["class", "avg", "map"])
+@pytest.mark.parametrize("position", ["destination", "centroid"])
+def test_merging_within_windows_after_fusing_equals_the_oracle(kind: str, position: str) -> None:
+    model = small_vit(kind, (13, 17))
+    steps = [(0, "merge", 40, 6), (1, "fuse", 60, None), (2, "merge", 30, 5), (3, "fuse", 9, None)]
+    score = "ats" if kind == "class" else "received"
+    plan = plan_for(model, *steps, matching=Matching(prune_score=score, position=position))
     assert_same(model, plan, images_for(model, 10))
 
 
@@ -159,15 +185,22 @@ def test_a_prefix_only_last_block_equals_the_oracle(kind: str, proportional: boo
     assert_same(model, plan, images_for(model, 10))
 
 
-def test_without_proportional_attention_it_equals_the_oracle() -> None:
-    model = small_vit("class", (14, 14))
+@pytest.mark.parametrize("kind", ["class", "map_registers"])
+def test_without_proportional_attention_it_equals_the_oracle(kind: str) -> None:
+    model = small_vit(kind, (14, 14))
     plan = dataclasses.replace(tome_plan(model, 40), proportional_attention=False)
     assert_same(model, plan, images_for(model, 10))
 
 
 def test_the_trace_is_the_partition_of_the_oracle() -> None:
     model = small_vit("registers", (14, 14))
-    plan = plan_for(model, (0, "merge", 60, 7), (1, "merge", 30, None), (2, "prune", 9, None))
+    steps = [
+        (0, "merge", 60, 7),
+        (1, "fuse", 30, None),
+        (2, "prune", 9, None),
+        (3, "fuse", 5, None),
+    ]
+    plan = plan_for(model, *steps)
     images = images_for(model, 10)
     origins = trace(model, plan, images)
     same = 0

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 from small_vits import GRIDS, KINDS, images_for, small_vit
-from timm.layers import set_fused_attn
+from timm.layers import AttentionPoolLatent, set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from families import BEGIN, END, FAMILIES, check, create, reason
+from families import REFUSED as REFUSED_IN_README
 
 from dsm_tune.errors import ModelError
 from dsm_tune.merging.backbone import attend, attend_prefix, feed_forward, read_geometry
@@ -31,9 +39,11 @@ SMALL: dict[str, Any] = {
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_geometry_of_a_small_model_is_read(kind: str, grid: tuple[int, int]) -> None:
-    prefix = {"distilled": 2, "registers": 5, "avg": 0}.get(kind, 1)
-    head = "avg" if kind.startswith("avg") else "distilled" if kind == "distilled" else "token"
-    assert read_geometry(small_vit(kind, grid)) == Geometry(grid, prefix, 4, 16, 2, 32, 2, 5, head)
+    prefix = {"distilled": 2, "registers": 5, "avg": 0, "map": 0, "map_registers": 3}.get(kind, 1)
+    head = {"distilled": "distilled", "avg": "avg", "map": "map"}.get(kind.split("_")[0], "token")
+    hidden = 48 if kind == "swiglu" else 32  # three products of 16 × 32 cost as two of 16 × 48
+    found = read_geometry(small_vit(kind, grid))
+    assert found == Geometry(grid, prefix, 4, 16, 2, hidden, 2, 5, head)
 
 
 @pytest.mark.parametrize(
@@ -69,15 +79,24 @@ def _with(**options: Any) -> VisionTransformer:
 
 
 REFUSED = {
-    "swin_tiny_patch4_window7_224": "it is a SwinTransformer",
-    "convnext_atto": "it is a ConvNeXt",
-    "resnet18": "it is a ResNet",
-    "eva02_tiny_patch14_224": "it is a Eva",
-    "vit_relpos_small_patch16_224": "it is a VisionTransformerRelPos",
-    "vit_tiny_r_s16_p8_224": "its patches are 64×8×8",
-    "vit_base_patch16_siglip_224": "its head pools by attention",
-    "cait_xxs24_224": "it is a Cait",
-    "beit_base_patch16_224": "it is a Beit",
+    "swin_tiny_patch4_window7_224": "its class is SwinTransformer, whose attention is cut into",
+    "convnext_atto": "its class is ConvNeXt, whose convolutions need the whole grid",
+    "resnet18": "its class is ResNet, whose convolutions need the whole grid",
+    "eva02_tiny_patch14_224": "its class is Eva, where every block turns queries and keys by their",
+    "vit_medium_patch16_rope_reg1_gap_256": "its class is Eva, where every block turns",
+    "vit_relpos_small_patch16_224": "its class is VisionTransformerRelPos, where every",
+    "beit_base_patch16_224": "its class is Beit, where every block adds a bias",
+    "samvit_base_patch16": "its class is VisionTransformerSAM, where every block adds a bias",
+    "naflexvit_base_patch16_gap": "its class is NaFlexVit, whose patches vary in number",
+    "crossvit_9_240": "its class is CrossVit, which fuses two sequences",
+    "cait_xxs24_224": "its class is Cait, which mixes heads",
+    "mixer_s32_224": "its class is MlpMixer, whose weights mix a fixed number of tokens",
+    "xcit_nano_12_p16_224": "its class is Xcit, whose attention is across channels",
+    "vit_tiny_r_s16_p8_224": "its patch embedding is a HybridEmbed, a network before the blocks",
+    "vit_small_patch16_18x2_224": "block 0 is a ParallelThingsBlock, which has no attention half",
+    "vit_base_patch16_rpn_224": "block 0 is a ResPostBlock, whose norms stand behind its halves",
+    "vit_dwee_patch16_reg1_gap_256": "block 0 attends by DiffAttention",
+    "test_vit3": "its head pools prefix and patch tokens by one attention",
 }
 
 
@@ -104,14 +123,17 @@ def test_other_models_are_refused_in_one_line_that_names_model_and_reason(name: 
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: _Gated(**SMALL), "it is a _Gated"),
+        (lambda: _Gated(**SMALL), "its class is _Gated, whose forward may differ"),
         (lambda: _with(global_pool="max"), "its head pools by 'max'"),
         (lambda: _with(global_pool=""), "its head pools by ''"),
         (lambda: _with(in_chans=1), "its patches are 1×2×2, not 3×P×P"),
         (lambda: _with(patch_size=(2, 4)), "its patches are 3×2×4, not 3×P×P"),
         (lambda: _with(block_fn=_parallel()), "block 0 is a ParallelScalingBlock"),
-        (lambda: _with(mlp_layer=_swiglu()), "block 0 has a SwiGLU MLP"),
-        (lambda: nn.Linear(3, 3), "it is a Linear"),
+        (lambda: _with(mlp_layer=_convolving()), "block 0 has a ConvMlp MLP"),
+        (lambda: nn.Linear(3, 3), "its class is Linear, whose forward may differ"),
+        (lambda: _with(global_pool="prr"), "its head pools by AttentionPoolPrr"),
+        (lambda: _with_wider_pool(), "its attention-pooling head has other sizes"),
+        (lambda: _gated(), "block 0 has a gate on its attention"),
     ],
 )
 def test_a_part_of_another_kind_is_refused_with_its_name(model: Any, reason: str) -> None:
@@ -125,10 +147,24 @@ def _parallel() -> type[nn.Module]:
     return ParallelScalingBlock
 
 
-def _swiglu() -> type[nn.Module]:
-    from timm.layers import SwiGLU
+def _convolving() -> type[nn.Module]:
+    from timm.layers import ConvMlp
 
-    return SwiGLU
+    return ConvMlp
+
+
+def _gated() -> VisionTransformer:
+    from timm.layers.attention import Attention
+
+    model = _with()
+    model.blocks[0].attn = Attention(16, 2, gated=True)
+    return model
+
+
+def _with_wider_pool() -> VisionTransformer:
+    model = _with(global_pool="map", class_token=False)
+    model.attn_pool = AttentionPoolLatent(16, num_heads=2, mlp_ratio=3.0)
+    return model
 
 
 def test_a_block_of_another_kind_behind_the_first_is_refused() -> None:
@@ -143,6 +179,29 @@ def test_gradient_checkpointing_is_refused() -> None:
     model.set_grad_checkpointing()
     with pytest.raises(ModelError, match="gradient checkpointing is on"):
         read_geometry(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"), [pair for family in FAMILIES for pair in family.models.items()]
+)
+def test_every_family_of_timm_merges(name: str, options: dict[str, Any]) -> None:
+    check(create(name, options))
+
+
+def test_at_least_20_models_of_timm_are_run_and_those_of_the_readme_are_these() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme.split(BEGIN)[1].split(END)[0]
+    run = [name for family in FAMILIES for name in family.models]
+    assert re.findall(r"`([^`]*)`", table) == run + REFUSED_IN_README
+    assert [line.split(" | ")[0] for line in table.splitlines() if "`" in line] == [
+        *(f"| {family.name}" for family in FAMILIES),
+        *(f"| `{name}`" for name in REFUSED_IN_README),
+    ]
+    assert len(set(run)) >= 20
+    assert len(REFUSED_IN_README) >= 8
+    for name in REFUSED_IN_README:
+        assert f"| `{name}` | {reason(name)} |" in table
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -53,12 +53,16 @@ def test_a_merged_model_exports_for_any_batch_size(kind: str) -> None:
         Matching(feature="random", seed=3),
         Matching(feature="kv_all", salience=0.5, size_penalty=0.1, quota="free"),
         Matching(prune_score="received", salience=0.5, attention="received"),
+        Matching(prune_score="ats", norm="largest", position="centroid"),
     ],
 )
 def test_every_sort_of_matching_exports(options: Matching) -> None:
     model = small_vit("class")
     images = images_for(model)
     plan = dataclasses.replace(_plan(model), matching=options, last_block="prefix")
+    if options.prune_score == "ats":
+        fuse = dataclasses.replace(plan.steps[-1], kind="fuse")
+        plan = dataclasses.replace(plan, steps=(*plan.steps[:-1], fuse))
     with torch.no_grad(), merged(model, plan) as fast:
         expected = fast(images)
         program = torch.export.export(fast, (images,))

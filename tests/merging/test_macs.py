@@ -20,7 +20,7 @@ from dsm_tune.measuring.macs import FREE, PRODUCTS, count_macs
 from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.merging.merged import merged
 from dsm_tune.merging.published import dsm_plan, tome_plan
-from dsm_tune.plan import FEATURES, Geometry, Matching, MergePlan
+from dsm_tune.plan import FEATURES, PRUNE_SCORES, Geometry, Matching, MergePlan
 
 TINY = Geometry((14, 14), 1, 12, 192, 3, 768, 16, 1000, "token")
 SMALL = dataclasses.replace(TINY, width=384, heads=6, hidden=1536)
@@ -103,6 +103,15 @@ def test_the_closed_form_counts_what_features_and_attention_cost(
     )
     steps = [(0, "merge", 30, 5), (1, "prune", 30, None), (2, "merge", 30, None)]
     plan = plan_for(model, *steps, matching=matching)
+    assert counted(model, plan) == plan.macs - overcounted(plan)
+
+
+@pytest.mark.parametrize("score", PRUNE_SCORES)
+@pytest.mark.parametrize("kind", ["registers", "distilled"])
+def test_the_closed_form_counts_what_fusing_costs(score: str, kind: str) -> None:
+    model = small_vit(kind, (14, 14))
+    steps = [(0, "fuse", 30, None), (1, "merge", 30, 5), (2, "fuse", 30, None)]
+    plan = plan_for(model, *steps, matching=Matching(prune_score=score, norm="mean"))
     assert counted(model, plan) == plan.macs - overcounted(plan)
 
 

@@ -13,7 +13,8 @@ import torch
 from hypothesis import assume, given
 from torch import Tensor
 
-from dsm_tune.merging.joining import Tokens, merge, prune
+from dsm_tune.merging.dropping import fuse, prune
+from dsm_tune.merging.joining import Tokens, merge
 from dsm_tune.merging.matching import Choice, choose_edges, halves, similarity, tile
 
 
@@ -316,6 +317,45 @@ def test_pruning_keeps_the_largest_scores_in_order(case: Case, data: st.DataObje
         assert case.tokens.origin is not None
         for before, after in zip(case.tokens.origin[image], result.origin[image], strict=True):
             assert int(after) == (rows.index(int(before)) if int(before) in rows else -1)
+
+
+@given(cases(), st.data(), st.sampled_from(["free", "mean", "largest"]), st.booleans())
+def test_fusing_makes_one_token_of_the_lowest_scores_and_keeps_the_partition(
+    case: Case, data: st.DataObject, norm: str, centroid: bool
+) -> None:
+    tokens, prefix = case.tokens, case.prefix
+    patches = tokens.x.shape[1] - prefix
+    if patches < 2:
+        return
+    r = data.draw(st.integers(1, patches - 1))
+    scores = tokens.x[:, prefix:, 0].abs()
+    fused = fuse(tokens, scores, r, prefix, norm=norm, centroid=centroid)
+    dropped = prune(tokens, scores, r, prefix) if r < patches - 1 else None
+    assert fused.x.shape[1] == tokens.x.shape[1] - r
+    assert fused.x.isfinite().all()
+    assert torch.equal(fused.x[:, :prefix], tokens.x[:, :prefix])
+    if dropped is not None:  # all but the best of those that go are gone either way
+        assert {tuple(row) for row in fused.x[0, prefix:-1].tolist()} <= {
+            tuple(row) for row in dropped.x[0, prefix:].tolist()
+        }
+    assert fused.size is not None
+    assert (fused.size.sum(dim=1) == case.sizes().sum(dim=1)).all()
+    assert fused.origin is not None
+    for origin, size in zip(fused.origin, fused.size, strict=True):
+        assert torch.bincount(origin).tolist() == size.tolist()
+    if norm == "free":
+        assert (fused.x[:, -1].abs().amax(dim=1) <= tokens.x.abs().amax(dim=(1, 2)) + 1e-5).all()
+
+
+def test_the_fused_token_is_the_mean_weighed_by_the_scores() -> None:
+    tokens = Tokens(torch.tensor([[[9.0, 9.0], [4.0, 0.0], [1.0, 1.0], [0.0, 2.0]]]))
+    fused = fuse(tokens, torch.tensor([[0.6, 0.1, 0.3]]), 1, 1)
+    expected = [[9.0, 9.0], [4.0, 0.0], [0.25 * 1 + 0.0, 0.25 * 1 + 0.75 * 2]]
+    torch.testing.assert_close(fused.x[0], torch.tensor(expected))
+    assert fused.size is not None
+    assert fused.size.tolist() == [[1, 1, 2]]
+    zero = fuse(tokens, torch.zeros(1, 3), 2, 1)
+    torch.testing.assert_close(zero.x[0, 1], tokens.x[0, 1:].mean(dim=0))
 
 
 def test_of_equal_scores_the_token_with_the_higher_index_is_pruned() -> None:

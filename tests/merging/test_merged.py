@@ -40,7 +40,7 @@ def plans(draw: st.DrawFn) -> tuple[str, MergePlan]:
     steps = [
         Step(
             block,
-            draw(st.sampled_from(["merge", "merge", "prune"])),
+            draw(st.sampled_from(["merge", "merge", "prune", "fuse"])),
             draw(st.integers(0, patches // 2)),
             draw(st.none() | st.integers(1, max(grid) + 1)),
         )
@@ -57,7 +57,7 @@ def plans(draw: st.DrawFn) -> tuple[str, MergePlan]:
         norm=draw(st.sampled_from(["free", "mean", "largest"])),
         attention=draw(st.sampled_from(attentions)),
         size_penalty=draw(st.sampled_from([0.0, 0.1])),
-        prune_score=draw(st.sampled_from(["norm", *attentions])),
+        prune_score=draw(st.sampled_from(["norm", *attentions, *(["ats"] * bool(shape.prefix))])),
     )
     return kind, MergePlan("", shape, tuple(steps), matching, draw(st.booleans()))
 
@@ -227,6 +227,7 @@ def test_the_smallest_grids_and_r_beyond_half_work_and_are_clamped(
         tome_plan(model, 10_000),
         dsm_plan(model, 10_000, delay=0, window=1),
         plan_for(model, (0, "prune", 10_000, None), (1, "merge", 10_000, 1)),
+        plan_for(model, (0, "fuse", 10_000, None), (1, "fuse", 10_000, None)),
     ]:
         assert plan.tokens[-1] == plan.geometry.prefix + 1
         assert logits_of(model, plan, images_for(model)).isfinite().all()

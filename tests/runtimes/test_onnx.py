@@ -76,6 +76,7 @@ ALLOWED = {
 }
 LOCAL = [(0, "merge", 5, 3), (1, "merge", 4, 5)]
 MIXED = [(0, "merge", 5, 3), (1, "prune", 4, None), (2, "merge", 3, 5)]
+FUSED = [(0, "fuse", 5, None), (1, "merge", 4, 3), (2, "fuse", 6, None), (3, "prune", 2, None)]
 TUNED = Matching(salience=0.3, size_penalty=0.1, attention_weight=1.0, norm="mean")
 
 
@@ -125,6 +126,10 @@ MATCHINGS = {
     "random_prune": (MIXED, Matching(feature="random", seed=3, size_penalty=0.1)),
     "prune_norm": (MIXED, Matching(feature="x")),
     "prune_class": (MIXED, Matching(prune_score="class", position="centroid")),
+    "prune_ats": (MIXED, Matching(prune_score="ats")),
+    "fuse_norm": (FUSED, Matching(feature="v", norm="mean")),
+    "fuse_class": (FUSED, Matching(prune_score="class", norm="largest")),
+    "fuse_ats": (FUSED, Matching(prune_score="ats", position="centroid")),
     "prune_received": (MIXED, Matching(prune_score="received", feature="kv")),
 }
 
@@ -133,7 +138,8 @@ MATCHINGS = {
 def test_every_sort_of_matching_gives_the_eager_logits(name: str) -> None:
     steps, matching = MATCHINGS[name]
     model = small_vit("class", (6, 6), 4)
-    plan = plan_for(model, *steps, matching=matching, last_block="prefix")
+    last = "all" if any(step[0] == 3 for step in steps) else "prefix"
+    plan = plan_for(model, *steps, matching=matching, last_block=last)
     _check(model, plan, images_for(model, 32))
 
 
@@ -148,8 +154,12 @@ def test_every_kind_of_model_gives_the_eager_logits(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "steps",
-    [[], [(0, "merge", 99, None), (1, "merge", 99, 2), (2, "prune", 99, None)]],
-    ids=["dense", "all_there_is"],
+    [
+        [],
+        [(0, "merge", 99, None), (1, "merge", 99, 2), (2, "prune", 99, None)],
+        [(1, "fuse", 99, None)],
+    ],
+    ids=["dense", "all_there_is", "all_in_one"],
 )
 def test_nothing_and_all_there_is_can_leave(steps: Any) -> None:
     model = small_vit("class", (5, 5), 3)

@@ -119,7 +119,8 @@ def shapes(draw: Any, geometry: Geometry) -> Shape:
     shares = draw(
         st.lists(st.sampled_from([0.0, 0.1, 1.0, 1.7, 8.0]), min_size=depth, max_size=depth)
     )
-    kinds = draw(st.lists(st.sampled_from(["merge", "prune"]), min_size=depth, max_size=depth))
+    kind = st.sampled_from(["merge", "prune", "fuse"])
+    kinds = draw(st.lists(kind, min_size=depth, max_size=depth))
     windows = draw(st.lists(st.sampled_from([None, 1, 2, 3]), min_size=depth, max_size=depth))
     last = draw(st.sampled_from(["all", "prefix"])) if geometry.reads_prefix_only else "all"
     if last == "prefix":

@@ -164,11 +164,23 @@ def test_a_prefix_only_last_block_and_pruning_take_the_last_reducing_blocks() ->
     assert shape.kinds[:9] == ("merge",) * 9
 
 
+def test_blocks_that_prune_may_fuse_instead_and_older_studies_prune() -> None:
+    geometry = GEOMETRIES["deit_tiny"]
+    space = parsed('[reduction]\nprune_blocks=2\nprune_kind=["prune","fuse"]\nprune_score="ats"')
+    params = space.complete({"prune_kind": "fuse"})
+    shape = build(params, geometry, 2)
+    assert shape.kinds == ("merge",) * 10 + ("fuse",) * 2
+    assert shape.plan(geometry, 90).matching.prune_score == "ats"
+    del params["prune_kind"]
+    assert build(params, geometry, 2).kinds == ("merge",) * 10 + ("prune",) * 2
+
+
 def test_a_model_without_a_class_token_never_hears_of_one() -> None:
     for name in space_names():
         bound = load_space(name).bind(GEOMETRIES["no_class_token"], 1)
         assert not bound.parameters["attention"].admits("class")
         assert not bound.parameters["prune_score"].admits("class")
+        assert not bound.parameters["prune_score"].admits("ats")
         assert bound.parameters["last_block"] == Choices(("all",))
 
 

@@ -8,7 +8,7 @@ import onnx
 
 from dsm_tune.merging.backbone import Projections
 from dsm_tune.merging.merged import random_feature
-from dsm_tune.plan import MergePlan, Step
+from dsm_tune.plan import Matching, MergePlan, Step
 from dsm_tune.runtimes.onnx import steps
 from dsm_tune.runtimes.onnx.nodes import Builder, Layout, State, Value
 from dsm_tune.runtimes.onnx.pieces import BATCH, Pieces
@@ -60,21 +60,31 @@ def take_step(
     Args:
         g: where the nodes are put.
         plan: of which it is a step.
-        step: merges or prunes.
+        step: merges, prunes or fuses.
         state: what enters the step.
         parts: projections of the block: [B, H, N, d] each.
         shares: attention of the block: [B, H, N, N].
     """
     options, layout, merges = plan.matching, Layout(plan, step.block), step.kind == "merge"
     whose, received = options.attention_for(step.kind), None
-    if whose is not None:
+    if options.prune_score == "ats" and not merges:
+        received = steps.attention_to_values(g, shares, parts.v, layout)
+    elif whose is not None:
         received = steps.received_by(g, shares, whose)
     if not merges and received is not None:
-        return steps.prune(g, state, received, layout)
+        return _drop(g, step, state, received, options, layout)
     if options.feature == "random":
         feature = g.repeated(state.x, random_feature(plan, step)[0].numpy())
     else:
         feature = steps.feature_of(g, options.feature, state.x, parts, layout, level=merges)
     if merges:
         return steps.merge(g, state, feature, received, options, layout)
-    return steps.prune(g, state, g.flat(steps.length(g, feature)), layout)
+    return _drop(g, step, state, g.flat(steps.length(g, feature)), options, layout)
+
+
+def _drop(
+    g: Builder, step: Step, state: State, worth: Value, options: Matching, layout: Layout
+) -> State:
+    if step.kind == "prune":
+        return steps.prune(g, state, worth, layout)
+    return steps.fuse(g, state, worth, options, layout)

@@ -178,6 +178,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.gelu.default: lambda x, approximate="none": op.Gelu(x, approximate=approximate),
         aten.view.default: _view,
         aten.conv2d.default: _convolve,
+        aten.rms_norm.default: _rms_norm,
     }
 
 
@@ -202,6 +203,16 @@ def _convolve(
     """torch's own makes a bias of zeros where there is none, in five nodes."""
     sides = {"strides": list(stride), "pads": [*padding, *padding], "dilations": list(dilation)}
     return op.Conv(*(one for one in (x, weight, bias) if one is not None), group=groups, **sides)
+
+
+def _rms_norm(
+    x: Value, normalized_shape: Sequence[int], weight: Value = None, eps: float | None = None
+) -> Value:
+    """``x / sqrt(mean(x²) + ε) · weight`` over the channels; torch's own casts to its own dtype."""
+    mean = op.ReduceMean(op.Mul(x, x), op.Constant(value_ints=[-1]), keepdims=1)
+    least = torch.finfo(torch.float32).eps if eps is None else eps
+    level = op.Div(x, op.Sqrt(op.Add(mean, op.Constant(value_float=least))))
+    return level if weight is None else op.Mul(level, weight)
 
 
 def _attention(

@@ -15,7 +15,15 @@ from dsm_tune.plan import Matching
 from dsm_tune.runtimes.onnx.edges import edges, unit
 from dsm_tune.runtimes.onnx.nodes import Builder, Layout, State, Value
 
-__all__ = ["feature_of", "length", "merge", "prune", "received_by"]
+__all__ = [
+    "attention_to_values",
+    "feature_of",
+    "fuse",
+    "length",
+    "merge",
+    "prune",
+    "received_by",
+]
 
 
 def received_by(g: Builder, shares: Value, whose: str) -> Value:
@@ -23,6 +31,16 @@ def received_by(g: Builder, shares: Value, whose: str) -> Value:
     if whose == "class":
         return g.ReduceMean(g.Gather(shares, g.constant(0), axis=2), g.integers(1), keepdims=0)
     return g.ReduceMean(shares, g.integers(1, 2), keepdims=0)
+
+
+def attention_to_values(g: Builder, shares: Value, values: Value, layout: Layout) -> Value:
+    """What :func:`dsm_tune.merging.scores.attention_to_values` gives, 0 for the prefix: [B, N]."""
+    squares = g.ReduceSum(g.Mul(values, values), g.integers(3), keepdims=0)
+    of_class = g.Gather(shares, g.constant(0), axis=2)
+    is_patch = g.constant(np.arange(layout.count) >= layout.prefix, np.float32)
+    worth = g.Mul(g.Mul(of_class, g.Sqrt(squares)), is_patch)
+    total = g.Max(g.ReduceSum(worth, g.integers(2), keepdims=1), g.constant(1e-12, np.float32))
+    return g.ReduceMean(g.Div(worth, total), g.integers(1), keepdims=0)
 
 
 def feature_of(
@@ -54,11 +72,49 @@ def _mean_of_heads(g: Builder, heads: Value, layout: Layout) -> Value:
 
 def prune(g: Builder, state: State, scores: Value, layout: Layout) -> State:
     """Keep the patch tokens with the highest scores, in order."""
+    stays, _, _ = _least(g, scores, layout.r, layout)
+    return State(*(None if part is None else g.rows(part, stays) for part in state))
+
+
+def fuse(g: Builder, state: State, scores: Value, options: Matching, layout: Layout) -> State:
+    """What :func:`dsm_tune.merging.dropping.fuse` gives."""
+    several = layout.r + 1
+    stays, leaves, least = _least(g, scores, several, layout)
+    weight = g.Max(g.GatherElements(scores, least, axis=1), g.constant(1e-12, np.float32))
+    share = g.row(g.Div(weight, g.ReduceSum(weight, g.integers(1), keepdims=1)))
+    parts = g.rows(state.x, leaves)
+    fused = g.MatMul(share, parts)
+    if options.norm != "free":
+        lengths = length(g, parts)
+        longest = g.ReduceMax(lengths, g.integers(1), keepdims=1)
+        wanted = g.MatMul(share, lengths) if options.norm == "mean" else longest
+        actual = g.Max(length(g, fused), g.constant(1e-6, np.float32))
+        fused = g.Mul(fused, g.Div(wanted, actual))
+    if state.size is None:
+        numbers = np.append(np.ones(layout.count - several), several)
+        size = g.repeated(state.x, numbers[:, None])
+    else:
+        whole = g.ReduceSum(g.rows(state.size, leaves), g.integers(1), keepdims=1)
+        size = g.Concat(g.rows(state.size, stays), whole, axis=1)
+    place = state.place
+    if place is not None:
+        places = g.rows(place, leaves)
+        here = g.MatMul(share, places) if options.position == "centroid" else g.cut(places, 0, 1)
+        place = g.Concat(g.rows(place, stays), here, axis=1)
+    return State(g.Concat(g.rows(state.x, stays), fused, axis=1), size, place)
+
+
+def _least(g: Builder, scores: Value, several: int, layout: Layout) -> tuple[Value, Value, Value]:
+    """Rows of the B N tokens that stay and of the several that leave, and places of these: [B, …].
+
+    Those that leave are in the order of their scores [B, N], the highest first.
+    """
     prefix, left = layout.prefix, layout.count - layout.prefix
     worst = g.TopK(g.cut(scores, prefix, layout.count), g.integers(left), axis=1)[1]
-    leaves = g.Add(g.cut(worst, left - layout.r, left), g.constant(prefix))
-    stays = g.cut(_seats(g, leaves, np.arange(layout.count), layout), 0, layout.count - layout.r)
-    return State(*(None if part is None else g.rows(part, stays) for part in state))
+    least = g.Add(g.cut(worst, left - several, left), g.constant(prefix))
+    seats = _seats(g, least, np.arange(layout.count), layout, several)
+    stay = layout.count - several
+    return g.cut(seats, 0, stay), g.cut(seats, stay, layout.count), least
 
 
 def merge(
@@ -72,7 +128,8 @@ def merge(
     x, size, place = state
     order, target = edges(g, state, feature, received, options, layout)
     left, behind = layout.count - layout.r, layout.prefix + layout.rest
-    seats = _seats(g, g.Gather(g.constant(layout.even), order), layout.ranks(), layout)
+    sources = g.Gather(g.constant(layout.even), order)
+    seats = _seats(g, sources, layout.ranks(), layout, layout.r)
     stays, leaves = g.cut(seats, 0, left), g.cut(seats, left, layout.count)
     at = g.constant(np.arange(left)[:, None] - behind)
     arrives = g.Cast(g.Equal(at, g.row(target)), to=1)
@@ -112,15 +169,16 @@ def merge(
     return State(merged, new_size, place)
 
 
-def _seats(g: Builder, leaves: Value, ranks: Any, layout: Layout) -> Value:
+def _seats(g: Builder, leaves: Value, ranks: Any, layout: Layout, several: int) -> Value:
     """Rows of the B N tokens in their new order, those that leave behind all others: [B, N].
 
     Args:
-        leaves: positions of those, [B, r].
+        leaves: positions of those, [B, several].
         ranks: [N] where each token would go if none left.
+        several: how many leave.
     """
-    count, r = layout.count, layout.r
-    behind = np.arange(count, count + r)
+    count = layout.count
+    behind = np.arange(count, count + several)
     late, keys = (g.Add(g.zeros(), g.constant(numbers, np.float32)) for numbers in (behind, ranks))
     keys = g.ScatterElements(keys, leaves, late, axis=1)
     order = g.TopK(keys, g.integers(count), axis=1, largest=0)[1]

@@ -143,13 +143,11 @@ def _merged(subject: _Subject, plan: MergePlan, asked: Asked) -> bytes:
     """The tokens after some blocks: after those asked for, or after steps spread over depth."""
     groups = _groups(subject, plan)
     acting = [step.block for step in plan.active_steps]
-    blocks = asked.blocks or _spread([block for block in acting if block in groups])
+    blocks = asked.blocks or _spread(acting)
     panels = [Panel("image")]
     for block in blocks:
-        # A last block for prefix tokens alone moves no patch.
-        last = max((known for known in groups if known <= block), default=None)
-        counted = plan.geometry.prefix + len(np.unique(groups[last][groups[last] >= 0]))
-        panels.append(Panel(f"after block {block}: {counted} tokens", groups[last]))
+        left = plan.geometry.prefix + len(np.unique(groups[block][groups[block] >= 0]))
+        panels.append(Panel(f"after block {block}: {left} tokens", groups[block]))
     title = f"{plan.tokens[0]} tokens become {plan.tokens[-1]}" if acting else "No token leaves"
     return _tokens(subject, plan, asked, panels, title)
 
@@ -164,7 +162,7 @@ def _windows(subject: _Subject, plan: MergePlan, asked: Asked) -> bytes:
         if not asked.blocks or step.block in asked.blocks:
             side = f"{step.window}×{step.window} windows"
             panels.append(Panel(f"block {step.block}: {side}", groups[step.block], step.window))
-    rest = [step.block for step in steps if step.window is None and step.block in groups]
+    rest = [step.block for step in steps if step.window is None]
     if rest and (not asked.blocks or set(rest) & set(asked.blocks)):
         panels.append(Panel(f"blocks {rest[0]} to {rest[-1]}: global", groups[rest[-1]]))
     title = f"Merging inside windows in {len(local)} blocks, then anywhere"
@@ -185,14 +183,14 @@ def _tokens(
     return encoded(tokens_on_image(image, panels, title, subtitle), asked.form)
 
 
-def _groups(subject: _Subject, plan: MergePlan) -> dict[int, Array]:
-    """For each block that is traced, the token of each patch: [rows, columns], -1 where pruned."""
+def _groups(subject: _Subject, plan: MergePlan) -> list[Array]:
+    """The token of each patch after each block: [rows, columns] each, -1 where pruned."""
     grid, prefix = plan.geometry.grid, plan.geometry.prefix
-    origins = trace(subject.model, plan, subject.pixels)
-    return {
-        block: origin[0, prefix:].reshape(grid).cpu().numpy()
-        for block, origin in enumerate(origins)
-    }
+    found = [np.arange(plan.geometry.patches).reshape(grid)]
+    for origin in trace(subject.model, plan, subject.pixels):
+        found.append(origin[0, prefix:].reshape(grid).cpu().numpy())
+    # A last block for prefix tokens alone is not traced: it moves no patch.
+    return [found[min(block + 1, len(found) - 1)] for block in range(plan.geometry.depth)]
 
 
 def _spread(blocks: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Verbs of methods on images: draw."""
+"""Verbs of methods, side by side and on an image: bench, draw."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from dsm_tune.cli.outputs import any_budget, check_writable, listening, write_wh
 from dsm_tune.config import DEMO_MODEL
 from dsm_tune.errors import ConfigError
 
-__all__ = ["draw"]
+__all__ = ["bench", "draw"]
 
+FEWEST_RUNS, MOST_RUNS = 3, 1_000_000
 SETTINGS = (
     option("--delay", type=Whole(), metavar="D", help="Of DSM. [read from the images]"),
     option("--window", type=Whole(), metavar="W", help="Of DSM's first windows. [half the grid]"),
@@ -33,6 +34,83 @@ def picture_form(file: str, name: str) -> str:
         raise ConfigError(f"{name} must end in .png or .svg, but got {file!r:.80}")
     check_writable(file, name)
     return form
+
+
+@verbs.command()
+@with_options(
+    (
+        option("--r", "rates", metavar="N,N,…", help="Tokens per block, ToMe's and DSM's. [one]"),
+        option("--plan", "plans", metavar="FILE", multiple=True, help="A plan's JSON; repeatable."),
+        option("--run", "trials", metavar="ID", multiple=True, help="MLflow run of a trial, too."),
+        option(
+            "--compare",
+            "others",
+            metavar="NAME[=FILE]",
+            multiple=True,
+            help="Another timm model, and its checkpoint; repeatable.",
+        ),
+        option("--batch-size", metavar="N,N,…", help="Images per timed forward. [32]"),
+        option("--runs", type=Whole(), metavar="N", help="Timed forwards of each. [50]"),
+        option("--csv", metavar="FILE", help="Write the table."),
+        option("--plot", metavar="FILE", help="Draw it: .png or .svg."),
+    ),
+    SETTINGS,
+    options.MODEL,
+    options.IMAGES,
+    options.DEVICE[1:],  # all but --batch-size, of which a bench takes several
+    options.SEED,
+    (options.STORAGE,),
+    options.OUTPUT,
+)
+def bench(as_json: bool | None, csv: str | None, plot: str | None, **values: Any) -> int:
+    """Compare dense, ToMe, DSM, plans and other models.
+
+    All are timed in turn, so that a machine that slows down slows all of them. Efficiency is
+    the speed-up over the ratio of GMACs. Without trained weights: speed and GMACs alone.
+    """
+    form = None if plot is None else picture_form(plot, "--plot")
+    if csv is not None:
+        check_writable(csv, "--csv")
+    with listening(values) as terminal:
+        from dsm_tune.bench import bench as measure
+        from dsm_tune.reviewing.pictures import encoded
+        from dsm_tune.reviewing.side_by_side import bench_csv, bench_figure
+
+        config, asked = _asked(values)
+        found = measure(config, asked, terminal.say)
+        if csv is not None:
+            write_whole(csv, bench_csv(found).encode())
+        if plot is not None and form is not None:
+            write_whole(plot, encoded(bench_figure(found), form))
+    from dsm_tune.cli.tables import write_bench
+    from dsm_tune.cli.terminal import emit, to_json
+
+    emit(to_json(found)) if as_json else write_bench(found)
+    return DONE
+
+
+def _asked(values: dict[str, Any]) -> tuple[Any, Any]:
+    """A configuration, and what is compared under it."""
+    from dsm_tune.candidates import Asked
+    from dsm_tune.methods import read_rates
+
+    runs = values.pop("runs")
+    if runs is not None and not FEWEST_RUNS <= runs <= MOST_RUNS:
+        raise ConfigError(f"--runs must be from {FEWEST_RUNS} to {MOST_RUNS}, but got {runs}")
+    rates, sizes = values.pop("rates"), values.pop("batch_size")
+    asked = Asked(
+        rates=() if rates is None else read_rates(rates, "--r"),
+        settings=settings_of(values),
+        plans=values.pop("plans"),
+        trials=values.pop("trials"),
+        others=values.pop("others"),
+        batch_sizes=(32,) if sizes is None else read_rates(sizes, "--batch-size"),
+        runs=50 if runs is None else runs,
+        has_images=values["images"] is not None or values["model"] in (None, DEMO_MODEL),
+    )
+    if not asked.has_images:
+        values["images"] = os.curdir  # a configuration has images; speed and GMACs need none
+    return any_budget(values), asked
 
 
 @verbs.command()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dsm_tune.errors import ImagesError, ModelError
 from dsm_tune.measuring.labels import read_labels, shown
 
-__all__ = ["ImageSet", "Skipped", "load_folder", "load_image", "photograph", "split"]
+__all__ = ["ImageSet", "Skipped", "input_size", "load_folder", "load_image", "photograph", "split"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # never more: Pillow would run Ghostscript for EPS
@@ -170,6 +170,11 @@ def load_image(file: Path | str, model: nn.Module) -> Tensor:
     if isinstance(found, str):
         raise ImagesError(f"an image must be readable, but {shown(str(file))}: {shown(found)}")
     return found.unsqueeze(0)
+
+
+def input_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width in pixels of the images that a model takes."""
+    return _transform(model)[0]
 
 
 def photograph(pixels: Tensor, model: nn.Module) -> Tensor:

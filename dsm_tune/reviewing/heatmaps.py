@@ -17,6 +17,7 @@ from dsm_tune.reviewing.points import COLOURS
 __all__ = ["sinks_on_image"]
 
 BELOW = 3.0  # inches for the two curves
+LEAST = 2.0  # equal shares that make a sink
 MARGIN = 0.62  # inches beside a curve
 
 
@@ -41,6 +42,8 @@ def sinks_on_image(
     name = names[token] if token < prefix else "a patch"
     aspect = image.shape[0] / image.shape[1]
     title = f"Attention sinks: {name} receives {most[where]:.0f}× its share in block {where}"
+    if most[where] < LEAST:
+        title = f"No attention sink: no token receives more than {most[where]:.3g}× its share"
     figure, axes = page(
         2 * (len(blocks) + 1),
         aspect,
@@ -80,7 +83,7 @@ def _heat(axes: Any, image: Array, values: Array, scale: LogNorm) -> None:
     grey = image.mean(axis=2)
     axes.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, wide, high, 0))
     axes.imshow(
-        values.clip(scale.vmin),
+        np.maximum(values, scale.vmin or 0),
         norm=scale,
         cmap="inferno",
         alpha=0.72,
@@ -95,21 +98,23 @@ def _bar(figure: Figure, frame: Any, scale: LogNorm, label: str, bottom: float) 
     bar = figure.colorbar(
         ScalarMappable(scale, "inferno"), cax=where, orientation="horizontal", ticklocation="top"
     )
-    ends = [scale.vmin, (scale.vmin * scale.vmax) ** 0.5, scale.vmax]
+    low, high = scale.vmin or 1.0, scale.vmax or 1.0
+    ends = [low, (low * high) ** 0.5, high]
     bar.ax.xaxis.set_major_locator(FixedLocator(ends))
     bar.ax.xaxis.set_minor_locator(NullLocator())
-    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     bar.ax.tick_params(labelsize=8, length=2, pad=1)
-    for text, align in zip(bar.ax.get_xticklabels(), ("left", "center", "right"), strict=True):
-        text.set_horizontalalignment(align)
+    first, _, last = bar.ax.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
     bar.set_label(label, fontsize=8.5, labelpad=2)
 
 
 def _curves(figure: Figure, values: Array, label: str, prefix: int, column: int) -> None:
     """Prefix tokens, and the spread of patches, over depth."""
     wide, high = figure.get_size_inches()
-    width = (wide - 0.2 - 2 * MARGIN) / 2
-    left = MARGIN + column * (width + MARGIN + 0.05)
+    width = (wide - 0.3 - 2 * MARGIN) / 2
+    left = MARGIN + column * (width + MARGIN + 0.12)
     axes = figure.add_axes((left / wide, 0.5 / high, width / wide, (BELOW - 0.7) / high))
     depth, patches = range(len(values)), values[:, prefix:]
     low, middle, high_share = np.quantile(patches, (0.05, 0.5, 0.95), axis=1)

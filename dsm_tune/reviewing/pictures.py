@@ -90,7 +90,7 @@ def page(
     total = top + rows * (height + 0.32) + 0.05 + below
     figure = Figure(figsize=(side, total), dpi=DPI)
     FigureCanvasAgg(figure)
-    at = {"va": "top", "linespacing": 1.2}
+    at: dict[str, Any] = {"va": "top", "linespacing": 1.2}
     x = 0.1 / side
     figure.text(x, 1 - 0.1 / total, "\n".join(heading), fontsize=12, fontweight="bold", **at)
     under = 0.14 + 0.21 * len(heading)
@@ -122,7 +122,7 @@ def _draw_groups(axes: Any, image: Array, groups: Array) -> None:
         extent=(0, image.shape[1], image.shape[0], 0),
         interpolation="nearest",
     )
-    width = max(0.5, 0.07 * 72 * PANEL_INCHES / max(rows, columns))
+    width = max(0.7, 0.075 * 72 * PANEL_INCHES / max(rows, columns))
     lines, colours = [], []
     for group, hue in _hues(groups).items():
         for (x0, y0), (x1, y1) in _outline(groups == group):

@@ -110,7 +110,7 @@ def _quality_axes(axes: Any, rows: Sequence[Found], by_labels: bool) -> None:
 
 def _points(axes: Any, rows: Sequence[Found], x: Any, y: Any) -> None:
     """One line for each method that is swept, one mark for each other candidate."""
-    style: dict[str, Any]
+    style: dict[str, Any] = {}
     for kind in ("dense", "tome", "dsm"):
         some = sorted((one for one in rows if one["kind"] == kind), key=lambda one: one["r"] or 0)
         if some:
@@ -125,7 +125,7 @@ def _points(axes: Any, rows: Sequence[Found], x: Any, y: Any) -> None:
         if one["kind"] in STYLES:
             label, mark = ("plan", "*") if one["plan"] else ("other model", "X")
             style = {"color": _colour(one), "marker": mark}
-            style |= {} if label in seen else {"label": label}
+            style = style if label in seen else {**style, "label": label}
             axes.plot([x(one)], [y(one)], linestyle="none", markersize=9, **style)
             seen.add(label)
             _label(axes, one["name"], x(one), y(one))
@@ -137,7 +137,7 @@ def _label(axes: Any, text: str, x: float, y: float) -> None:
 
 
 def _colour(one: Found) -> str:
-    return COLOURS[STYLES.get(one["kind"], one["kind"])]
+    return COLOURS[STYLES.get(one["kind"], str(one["kind"]))]
 
 
 def _finish(axes: Any) -> None:

@@ -18,7 +18,7 @@ from dsm_tune.inputs import CURVE_IMAGES, Inputs, load_inputs, load_model, rerea
 from dsm_tune.measuring.confirm import Target
 from dsm_tune.measuring.evaluate import Evaluator
 from dsm_tune.measuring.images import ImageSet
-from dsm_tune.measuring.memory import peak_mib
+from dsm_tune.measuring.peak import peak_mib
 from dsm_tune.measuring.quality import PerImage, bootstrap_interval
 from dsm_tune.measuring.side_by_side import time_side_by_side
 from dsm_tune.merging.backbone import read_geometry

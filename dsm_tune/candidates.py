@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from dsm_tune import methods
 from dsm_tune.config import TuneConfig, absolute_storage
-from dsm_tune.errors import ModelError
+from dsm_tune.errors import ModelError, nearest
 from dsm_tune.measuring.images import input_size
 from dsm_tune.measuring.macs import count_macs
 from dsm_tune.merging.backbone import read_geometry
@@ -104,6 +105,9 @@ def _named(model: nn.Module, config: TuneConfig, asked: Asked, delay: int) -> It
         yield Candidate(run[:12], "run", methods.plan_of_run(run, storage, geometry))
     for other in asked.others:
         name, _, file = other.partition("=")
+        if not name.startswith("hf-hub:") and not timm.is_model(name.split(".")[0]):
+            near = nearest(name[:80], timm.list_models())
+            raise ModelError(f"--compare must be a timm model, but got {name!r:.80}{near}")
         try:
             made = create_model(name, checkpoint=file or None, pretrained=config.pretrained)
         except ModelError as error:

@@ -135,12 +135,13 @@ def draw(what: str, output: str, **values: Any) -> int:
     """Draw WHAT on an image: merged, windows, sinks or curve.
 
     \b
-    merged   the tokens that a plan makes of the patches [what is meant without WHAT]
+    merged   the tokens that a plan makes of the patches [what is meant if none]
     windows  the windows in which each block merges
     sinks    attention that tokens of the dense model receive, and their norms
     curve    the similarity curve and the delay D
     """
     form = picture_form(output, "--output")
+    _check_effect(what, values)
     with listening(values) as terminal:
         from dsm_tune.drawing import Asked
         from dsm_tune.drawing import draw as draw_one
@@ -164,6 +165,25 @@ def draw(what: str, output: str, **values: Any) -> int:
             values["images"] = os.curdir  # a configuration has images; the picture needs none
         write_whole(output, draw_one(any_budget(values), asked, terminal.say))
     return DONE
+
+
+def _check_effect(what: str, values: dict[str, Any]) -> None:
+    """Refuse an option that what is drawn does not depend on."""
+    of_dsm, of_tome = ("delay", "window", "local_blocks"), ("inflection",)
+    methods = ("method", "rate", *of_dsm, *of_tome)
+    method = values["method"] or "dsm"
+    rules = [
+        (what == "curve", "the similarity curve", ("blocks",)),
+        (what in ("sinks", "curve"), "the dense model", ("plan", *methods)),
+        (values["plan"] is not None, "a --plan, which says it all", methods),
+        (method == "tome", "ToMe", of_dsm),
+        (method == "dsm", "DSM", of_tome),
+    ]
+    for holds, where, names in rules:
+        for name in names:
+            if holds and values[name] is not None:
+                shown = {"rate": "r"}.get(name, name).replace("_", "-")
+                raise ConfigError(f"--{shown} must not be given: it changes nothing of {where}")
 
 
 def settings_of(values: dict[str, Any]) -> Any:

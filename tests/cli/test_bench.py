@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import Ended, contents
 
-from dsm_tune import demo, methods, schedules, tome_plan
+from dsm_tune import demo, methods, tome_plan
 from dsm_tune.errors import PlanError
 from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.plan import MergePlan
@@ -76,6 +76,7 @@ def test_random_weights_have_speed_and_gmacs_and_no_quality(call: Call, photogra
     assert max(map(len, ended.out.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_onnx_runtime_runs_plans_and_other_models(call: Call) -> None:
     pytest.importorskip("onnxruntime")
     batches = ("--runs", "3", "--batch-size", "1,2", "--threads", "1", "-q", "--runtime", "onnx")
@@ -99,7 +100,7 @@ def test_onnx_runtime_runs_plans_and_other_models(call: Call) -> None:
         (["--plan", "bad.json"], "bad.json: a plan must be a JSON object"),
         (["--plan", "else.json"], "its depth is 6 and the model's 5"),
         (["--run", "0123456789"], "--run must be the MLflow run of one trial in"),
-        (["--compare", "resnet1552"], "--compare resnet1552: "),
+        (["--compare", "resnet1552"], "but got 'resnet1552'; did you mean 'resnet152'"),
         (["--compare", f"{OTHER}=no.pth"], "--checkpoint must be a file, but got 'no.pth'"),
         (["--local-blocks", "-1"], "local_blocks must be an integer >= 0, but got -1"),
         (["--inflection", "2"], "inflection must be a number from -1 to 1, but got 2"),
@@ -120,10 +121,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert contents(Path.cwd()) == before
 
 
-def test_the_default_r_is_what_leaves_tome_few_tokens_at_the_end() -> None:
+def test_the_default_r_is_the_patches_over_the_depth() -> None:
     geometry = read_geometry(demo.create_model())
-    r = methods.default_r(geometry)
-    assert 0 < schedules.tome(geometry, r).tokens[-1] - geometry.prefix < geometry.depth
+    deit = dataclasses.replace(geometry, depth=12)
+    assert [methods.default_r(one) for one in (geometry, deit)] == [39, 16]
+    assert methods.default_r(dataclasses.replace(geometry, depth=200)) == 1
 
 
 class _Stored:

@@ -97,7 +97,7 @@ def draw(config: TuneConfig, asked: Asked, say: Callable[[str], None]) -> bytes:
     if asked.what == "sinks":
         return _sinks(subject, asked)
     plan = _plan(subject, asked, say)
-    say(f"{subject.name} under {plan_words(plan)}: {plan.tokens[0]} to {plan.tokens[-1]} tokens")
+    say(f"{subject.name} under {plan_words(plan)}: {_tokens_left(plan)} of {plan.tokens[0]} tokens")
     return (_merged if asked.what == "merged" else _windows)(subject, plan, asked)
 
 
@@ -139,6 +139,11 @@ def _plan(subject: _Subject, asked: Asked, say: Callable[[str], None]) -> MergeP
     return methods.published(asked.method, geometry, r, asked.settings, delay)
 
 
+def _tokens_left(plan: MergePlan) -> int:
+    """Tokens after all steps; a last block for prefix tokens alone lets the others be, unread."""
+    return plan.tokens[0] - sum(plan.removed)
+
+
 def _merged(subject: _Subject, plan: MergePlan, asked: Asked) -> bytes:
     """The tokens after some blocks: after those asked for, or after steps spread over depth."""
     groups = _groups(subject, plan)
@@ -148,7 +153,7 @@ def _merged(subject: _Subject, plan: MergePlan, asked: Asked) -> bytes:
     for block in blocks:
         left = plan.geometry.prefix + len(np.unique(groups[block][groups[block] >= 0]))
         panels.append(Panel(f"after block {block}: {left} tokens", groups[block]))
-    title = f"{plan.tokens[0]} tokens become {plan.tokens[-1]}" if acting else "No token leaves"
+    title = f"{plan.tokens[0]} tokens become {_tokens_left(plan)}" if acting else "No token leaves"
     return _tokens(subject, plan, asked, panels, title)
 
 

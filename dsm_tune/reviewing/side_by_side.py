@@ -143,6 +143,6 @@ def _colour(one: Found) -> str:
 def _finish(axes: Any) -> None:
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.margins(0.1)
+    axes.margins(0.13)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)

@@ -151,15 +151,16 @@ def _hues(groups: Array) -> dict[int, float]:
                 beside[one].add(two)
                 beside[two].add(one)
     hues: dict[int, float] = {}
+    used = [0] * HUES
     for group in sorted(merged, key=lambda g: -counts[g]):
         taken = [hues[other] for other in beside[group] if other in hues]
-        used = list(hues.values())
-
-        def worth(hue: float, taken: list[float] = taken, used: list[float] = used) -> float:
-            near = min((_apart(hue, one) for one in taken), default=0.5)
-            return min(near, 0.2) - 0.02 * sum(_apart(hue, one) < 0.02 for one in used)
-
-        hues[group] = max((i / HUES for i in range(HUES)), key=worth)
+        worth = []
+        for index, times in enumerate(used):
+            near = min((_apart(index / HUES, one) for one in taken), default=0.5)
+            worth.append(min(near, 0.2) - 0.02 * times)
+        best = worth.index(max(worth))
+        hues[group] = best / HUES
+        used[best] += 1
     return hues
 
 

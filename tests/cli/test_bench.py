@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 from command_line import Ended, contents
+from safetensors.torch import save_file
 
 from dsm_tune import demo, methods, tome_plan
 from dsm_tune.errors import PlanError
@@ -74,6 +76,25 @@ def test_random_weights_have_speed_and_gmacs_and_no_quality(call: Call, photogra
     assert "top-1" not in ended.out
     assert "ToMe r=9" in ended.out
     assert max(map(len, ended.out.splitlines())) <= 80
+
+
+def test_another_model_with_weights_is_judged_on_the_same_labelled_images(
+    call: Call, photographs: Path
+) -> None:
+    for name in ("test_vit", OTHER):
+        save_file(timm.create_model(name).state_dict(), f"{name}.safetensors")
+    rows = [f"{number}.jpg,{number}\n" for number in range(6)]
+    (photographs / "labels.csv").write_text("file,label\n" + "".join(rows))
+    ended = call(
+        *("bench", *QUICK, "--model", "test_vit", "--checkpoint", "test_vit.safetensors", "--json"),
+        *("--images", str(photographs), "--compare", f"{OTHER}={OTHER}.safetensors"),
+        *("--plot", "all.png"),
+    )
+    assert ended.code == 0, ended
+    assert ended.json["images"] == {"count": 3, "labelled": True}
+    *_, other = ended.json["candidates"]
+    assert other["quality"].keys() == {"top1"}  # how near it is to dense says nothing of it
+    assert 0 <= other["quality"]["top1"] <= 1
 
 
 @pytest.mark.slow

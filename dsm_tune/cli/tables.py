@@ -55,7 +55,7 @@ def _speeds(rows: Any, index: int) -> Any:
             _digits(timing["throughput"]),
             two_lines(spread),
             f"{timing['efficiency']:.2f}",
-            "–" if peak is None else f"{peak:.0f}",
+            "–" if peak is None else _digits(peak),
         )
     return table
 

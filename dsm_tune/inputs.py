@@ -34,6 +34,7 @@ __all__ = [
     "load_inputs",
     "load_model",
     "make_evaluators",
+    "reread",
     "try_plan",
 ]
 
@@ -157,6 +158,17 @@ def load_inputs(config: TuneConfig) -> Inputs:
     if config.images is None:
         search = search.take(range(DEMO_SEARCH))
     return Inputs(model, read_geometry(model), search, holdout, skipped)
+
+
+def reread(config: TuneConfig, names: Sequence[str], model: nn.Module) -> ImageSet:
+    """Read images that :func:`load_inputs` found once more, as another model wants them.
+
+    Raises:
+        ImagesError: if the labels are not classes of that model.
+    """
+    found, _ = folders.load_folder(str(config.images), model, limit=MOST_IMAGES, seed=config.seed)
+    rows = {name: row for row, name in enumerate(found.names)}
+    return found.take([rows[name] for name in names])
 
 
 def _demo_images(name: Any) -> ImageSet:

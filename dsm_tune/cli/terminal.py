@@ -23,7 +23,17 @@ from dsm_tune.reviewing import summary
 if TYPE_CHECKING:
     from dsm_tune.searching.search import Progress
 
-__all__ = ["Terminal", "emit", "to_json", "write_curve", "write_result", "write_survey"]
+__all__ = [
+    "Terminal",
+    "emit",
+    "render",
+    "table_of",
+    "to_json",
+    "two_lines",
+    "write_curve",
+    "write_result",
+    "write_survey",
+]
 
 QUIET_SECONDS = 5.0  # between two lines of progress where there is no bar
 
@@ -168,7 +178,8 @@ def emit(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _render(parts: Iterable[Any]) -> None:
+def render(parts: Iterable[Any]) -> None:
+    """Print texts and tables to stdout, 80 to 100 columns wide."""
     console = Console(file=sys.stdout, highlight=False)
     console = Console(
         file=sys.stdout, highlight=False, width=min(max(console.width, 80), 100), markup=False
@@ -202,10 +213,11 @@ def write_result(result: TuneResult, commands: Iterable[str], *, front: bool = F
         ),
         "",
     ]
-    _render([*parts, *(f"  {command}" for command in commands)])
+    render([*parts, *(f"  {command}" for command in commands)])
 
 
-def _table(*headings: str) -> Table:
+def table_of(*headings: str) -> Table:
+    """A table whose first column is text and whose others are numbers."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for number, heading in enumerate(headings):
         broken = heading.replace(" ", "\n") if heading.startswith("within") else heading
@@ -220,14 +232,15 @@ def _table(*headings: str) -> Table:
 
 def _models(result: TuneResult) -> Table:
     """Dense, ToMe, DSM and chosen; intervals stand below their values, so that 80 columns do."""
-    table = _table(*summary.headings(result))
+    table = table_of(*summary.headings(result))
     for row in summary.rows(result):
         name, *cells = row.cells
-        table.add_row(name.replace(" ", "\n", 1), *map(_two_lines, cells))
+        table.add_row(name.replace(" ", "\n", 1), *map(two_lines, cells))
     return table
 
 
-def _two_lines(cell: str) -> Text:
+def two_lines(cell: str) -> Text:
+    """``value [low, high]`` with the interval below the value."""
     value, _, edges = cell.partition(" [")
     text = Text(value)
     if edges:
@@ -240,7 +253,7 @@ def _front(result: TuneResult) -> Table:
     _, gmacs, latency, _, divergence, agreement, *_ = summary.headings(result)
     if not held_out:
         divergence += " (search images)"
-    table = _table("front", gmacs, latency, divergence, agreement)
+    table = table_of("front", gmacs, latency, divergence, agreement)
     table.add_column("plan", vertical="top")
     for one in result.front:
         shown = summary.row("", one, result)
@@ -293,21 +306,21 @@ def write_survey(body: Mapping[str, Any]) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, text in lines.items():
         table.add_row(name, Text(text))
-    _render([table, "", Text("Nothing was stored; without --dry-run the search begins.")])
+    render([table, "", Text("Nothing was stored; without --dry-run the search begins.")])
 
 
 def write_curve(body: Mapping[str, Any]) -> None:
     """Print a similarity curve, D, and how stable it is: the document of ``curve --json``."""
     curve, delay = body["similarity_curve"], body["delay"]
     low, high = min(curve), max(curve)
-    table = _table("block", "similarity")
+    table = table_of("block", "similarity")
     table.add_column("")
     for block, value in enumerate(curve):
         bar = "█" * round(40 * (value - low) / ((high - low) or 1))
         table.add_row(str(block), f"{value:.4f}", bar + (" ← D" if block == delay else ""))
     how = "" if body["transition"] else " (no transition in the curve: depth / 6)"
     shares = ", ".join(f"D = {d} in {share:.0%}" for d, share in body["stability"].items())
-    _render(
+    render(
         [
             table,
             "",

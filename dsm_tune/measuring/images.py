@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dsm_tune.errors import ImagesError, ModelError
 from dsm_tune.measuring.labels import read_labels, shown
 
-__all__ = ["ImageSet", "Skipped", "load_folder", "split"]
+__all__ = ["ImageSet", "Skipped", "input_size", "load_folder", "load_image", "photograph", "split"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # never more: Pillow would run Ghostscript for EPS
@@ -155,6 +155,33 @@ def load_folder(
     of = dict(zip(names, labels, strict=True))
     found = ImageSet(pixels, torch.tensor([of[name] for name in kept]), tuple(kept))
     return found, sorted(skipped + unreadable, key=lambda item: item.name)
+
+
+def load_image(file: Path | str, model: nn.Module) -> Tensor:
+    """Read one image as the model wants it, as :func:`load_folder` does: [1, 3, H, W] float32.
+
+    Raises:
+        ImagesError: if it cannot be read.
+        ModelError: if the model does not take three channels.
+    """
+    _, transform = _transform(model)
+    with _strict_pillow():
+        found = _decode(Path(), transform, str(file))
+    if isinstance(found, str):
+        raise ImagesError(f"an image must be readable, but {shown(str(file))}: {shown(found)}")
+    return found.unsqueeze(0)
+
+
+def input_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width in pixels of the images that a model takes."""
+    return _transform(model)[0]
+
+
+def photograph(pixels: Tensor, model: nn.Module) -> Tensor:
+    """Undo a model's normalisation: [3, H, W] float32 to [H, W, 3], 0 to 1."""
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    return (pixels * std + mean).clamp(0, 1).permute(1, 2, 0)
 
 
 def split(images: ImageSet, holdout: int | float, seed: int) -> tuple[ImageSet, ImageSet]:

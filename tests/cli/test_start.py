@@ -41,11 +41,11 @@ def test_help_imports_nothing_heavy_and_takes_half_a_second(arguments: list[str]
 
 
 def test_help_fits_eighty_columns_and_names_every_verb(call: Callable[..., Ended]) -> None:
-    for arguments in (["--help"], ["tune", "--help"], ["ui", "--help"]):
+    for arguments in (["--help"], *([verb, "--help"] for verb in ("tune", "bench", "draw", "ui"))):
         ended = call(*arguments)
         assert ended.code == 0
         assert max(map(len, ended.out.splitlines())) <= 80
-    for verb in ("tune", "resume", "show", "curve", "profile", "doctor", "ui"):
+    for verb in ("tune", "resume", "show", "curve", "profile", "bench", "draw", "doctor", "ui"):
         assert f"  {verb} " in call("--help").out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ from dsm_tune.errors import ConfigError, ModelError, PlanError
 from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.plan import MergePlan
 
-__all__ = ["PLAN_KEY", "export_onnx", "need_packages", "opened", "session"]
+__all__ = [
+    "PLAN_KEY",
+    "export_onnx",
+    "need_packages",
+    "opened",
+    "opened_as_it_is",
+    "session",
+]
 
 PLAN_KEY = "dsm_tune.plan"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -84,6 +92,32 @@ def opened(
     pieces = Pieces(model)
     for plan in plans:
         yield session(graph_of(pieces, plan).SerializeToString(), threads, shared=True)
+
+
+def opened_as_it_is(model: nn.Module, pixels: Tensor, threads: int) -> Callable[[Tensor], Tensor]:
+    """Open any model in ONNX Runtime, traced whole for inputs of one shape.
+
+    Args:
+        model: float32, in eval mode, on the CPU.
+        pixels: [B, 3, H, W] float32, an example.
+        threads: as for :func:`session`.
+
+    Returns:
+        A function from ``pixels`` to the model's output.
+
+    Raises:
+        ConfigError: if a package is not installed.
+        ModelError: if the model cannot be exported.
+    """
+    need_packages("running a model in ONNX Runtime")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the exporter's own ways
+        try:
+            program: Any = torch.onnx.export(model, (pixels,), dynamo=True, verbose=False)
+        except Exception as error:  # its exceptions have no base of their own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise ModelError(f"a model must become ONNX to run in it, but got: {reason}") from None
+    return session(program.model_proto.SerializeToString(), threads)
 
 
 def _check(model: nn.Module, plan: MergePlan) -> None:

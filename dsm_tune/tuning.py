@@ -487,7 +487,8 @@ class _Tune:
         queue.close_runs(status)
         if not queue.close(timeout=120.0):
             self.listener.say(
-                f"MLflow lacks {queue.dropped} writes ({queue.error}); the study itself is whole"
+                f"MLflow lacks {queue.dropped} writes ({queue.error}); the study itself is whole, "
+                f"`dsm-tune sync {study.name}` writes what is missing"
             )
         return result
 

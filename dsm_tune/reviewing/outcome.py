@@ -10,7 +10,7 @@ from dsm_tune.results import Trial, TuneResult
 from dsm_tune.reviewing.queue import TrackingQueue
 from dsm_tune.reviewing.records import StudyLabels
 
-__all__ = ["artifacts", "open_queue"]
+__all__ = ["artifacts", "labels_of", "open_queue"]
 
 
 def open_queue(
@@ -21,9 +21,15 @@ def open_queue(
     warn: Callable[[str], None],
 ) -> TrackingQueue:
     """Open the study's runs in the background."""
+    labels = labels_of(study, facts, config)
+    return TrackingQueue.for_study(tracking_uri, config.experiment, labels, warn)
+
+
+def labels_of(study: str, facts: Mapping[str, Any], config: TuneConfig) -> StudyLabels:
+    """Return what the study's runs are known by."""
     budgets = [(config.budget_ms, "ms"), (config.budget_gflops, "GMACs")]
     words = [f"{value} {unit}" for value, unit in budgets if value is not None]
-    labels = StudyLabels(
+    return StudyLabels(
         study=study,
         study_id=facts["study_id"],
         model=config.model_name,
@@ -33,7 +39,6 @@ def open_queue(
             k: v for k, v in config.to_dict().items() if k not in ("storage", "tracking_uri") and v
         },
     )
-    return TrackingQueue.for_study(tracking_uri, config.experiment, labels, warn)
 
 
 def artifacts(result: TuneResult, trials: Sequence[Trial], command: str) -> dict[str, bytes | str]:

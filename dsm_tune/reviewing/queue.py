@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TrackingQueue"]
 
+PATIENCE = 3  # attempts to open a dead store, while someone waits
+
 
 class TrackingQueue:
     """Writes in a background thread, in order; the results themselves are in the study's storage.
@@ -56,6 +58,7 @@ class TrackingQueue:
         self._change = threading.Condition()
         self._ends = False
         self._hurry = False
+        self._refused = 0  # attempts to open the store, since someone has waited
         self._thread: threading.Thread | None = None
         self._runs: StudyRuns | None = None
         self._lookup: StudyRuns | None = None
@@ -124,11 +127,14 @@ class TrackingQueue:
             self._change.notify_all()
 
     def drain(self, timeout: float) -> bool:
-        """Wait at most ``timeout`` seconds until all is written; return whether it is."""
+        """Wait at most ``timeout`` seconds until all is written; return whether it is.
+
+        A store that does not open, tried again and again, is not waited for.
+        """
         with self._change:
-            self._hurry = True
+            self._hurry, self._refused = True, 0
             self._change.notify_all()
-            self._change.wait_for(lambda: not self._calls, timeout)
+            self._change.wait_for(lambda: not self._calls or self._refused >= PATIENCE, timeout)
             self._hurry = False
             return not self._calls and not self.dropped
 
@@ -155,6 +161,8 @@ class TrackingQueue:
                 call = self._calls[0]
             if not self._is_open():
                 with self._change:
+                    self._refused += 1
+                    self._change.notify_all()
                     self._change.wait_for(lambda: self._ends or self._hurry, pause)
                     if self._hurry:  # someone waits: try again soon, but not in a busy loop
                         self._change.wait_for(lambda: self._ends, self._pauses[0])

@@ -76,12 +76,14 @@ def ui(study: str | None, storage: str | None, tracking_uri: str | None, **value
     from dsm_tune.mlflow_ui import serve
     from dsm_tune.reviewing.stores import resolve_tracking_uri
 
+    run_id = ""
     if study is not None:
         from dsm_tune.answer import load_study
 
         found = load_study(absolute_storage(storage, Path.cwd()), study).facts
-        tracking_uri = tracking_uri or found.get("tracking_uri")
+        if tracking_uri in (None, found.get("tracking_uri")):
+            tracking_uri, run_id = found.get("tracking_uri"), found.get("parent_run_id", "")
     uri = resolve_tracking_uri(tracking_uri, Path.cwd())
     is_verbose = bool(values["verbose"])
-    serve(uri, values["host"], values["port"], verbose=is_verbose, say=click.echo)
+    serve(uri, values["host"], values["port"], verbose=is_verbose, say=click.echo, run_id=run_id)
     return DONE

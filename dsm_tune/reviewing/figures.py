@@ -136,15 +136,11 @@ def _tokens(
 
 def _leave_dense_outside(axes: Any, drawing: points.Scatter) -> None:
     """Give the width to the plans where the dense model costs far more; an arrow points at it."""
-    others = [p.cost for kind, some in drawing.points.items() if kind != "dense" for p in some]
-    others += [] if drawing.budget is None else [drawing.budget]
-    dense = max((point.cost for point in drawing.points["dense"]), default=0.0)
-    if not others or dense <= 2 * max(others) - min(others):
+    if drawing.frame is None:
         return
-    low, high = min(others), max(others)
-    axes.set_xlim(low - 0.08 * (high - low), high + 0.2 * (high - low))
+    axes.set_xlim(drawing.frame)
     axes.annotate(
-        f"dense model at {dense:.3g} →",
+        f"dense model at {drawing.points['dense'][0].cost:.3g} →",
         (0.995, 0.015),
         xycoords="axes fraction",
         ha="right",

@@ -274,7 +274,7 @@ def test_the_interactive_figure_loads_nothing_and_says_which_run(result: TuneRes
     assert Page(text).loads == []
     assert "run " + "r" * 32 in text
     assert "budget 0.9 GMACs" in text
-    assert "plotly.js" in text
+    assert len(text) < 2_500_000
 
 
 def test_the_interactive_figure_escapes_names(result: TuneResult) -> None:

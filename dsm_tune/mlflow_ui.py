@@ -19,6 +19,7 @@ from dsm_tune.reviewing.stores import redact
 __all__ = ["serve"]
 
 WORKERS = ("--workers", "1")  # one person looks
+NO_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes that have no task here
 PATIENCE = 120.0  # seconds for MLflow to open its store and its port
 
 
@@ -54,7 +55,7 @@ def serve(
         process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "ui", "--host", host, "--port", f"{port}", *WORKERS],
             # In the environment, for it may hold a password, and everyone sees arguments.
-            env={**os.environ, "MLFLOW_BACKEND_STORE_URI": uri},
+            env={**NO_JOBS, **os.environ, "MLFLOW_BACKEND_STORE_URI": uri},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -11,6 +11,7 @@ from dsm_tune.config import TuneConfig, absolute_storage
 from dsm_tune.errors import DsmTuneError, StudyError
 from dsm_tune.reviewing.outcome import artifacts, labels_of
 from dsm_tune.reviewing.stores import redact, resolve_tracking_uri, unusable
+from dsm_tune.searching.importance import parameter_importance
 from dsm_tune.searching.study import Study
 
 __all__ = ["Synced", "sync"]
@@ -91,7 +92,7 @@ def _write(runs: Any, study: Study, config: TuneConfig, uri: str) -> Synced:
     answer = Answer.of(study)  # it names the runs now
     result = answer.result()
     trials = answer.trials(result.front)
-    files = artifacts(result, trials, config.command)
+    files = artifacts(result, trials, config, parameter_importance(study))
     runs.log_outcome(result, trials, files)
     runs.close(result.status)
     return Synced(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dsm_tune.config import TuneConfig
 from dsm_tune.results import Trial, TuneResult
 from dsm_tune.reviewing.queue import TrackingQueue
-from dsm_tune.reviewing.records import StudyLabels
+from dsm_tune.reviewing.records import ImagesLabel, StudyLabels
 
 __all__ = ["artifacts", "labels_of", "open_queue"]
 
@@ -38,11 +39,39 @@ def labels_of(study: str, facts: Mapping[str, Any], config: TuneConfig) -> Study
         params={
             k: v for k, v in config.to_dict().items() if k not in ("storage", "tracking_uri") and v
         },
+        tags={f"env.{k}": v for k, v in facts.get("environment", {}).items()},
+        images=_images(facts, config),
     )
 
 
-def artifacts(result: TuneResult, trials: Sequence[Trial], command: str) -> dict[str, bytes | str]:
-    """Return the study's artifacts by their fixed names."""
+def _images(facts: Mapping[str, Any], config: TuneConfig) -> tuple[ImagesLabel, ...]:
+    """What the study searched and judged on; both digests have the same length."""
+    digests = facts.get("identity", {}).get("images_digest", "")
+    half = len(digests) // 2
+    source = config.images or config.model_name
+    name = Path(source).name
+    parts = {"search": digests[:half], "holdout": digests[half:]}
+    return tuple(
+        ImagesLabel(split, f"{name} ({split})", digest, source, facts["images"][split])
+        for split, digest in parts.items()
+        if digest
+    )
+
+
+def artifacts(
+    result: TuneResult,
+    trials: Sequence[Trial],
+    config: TuneConfig,
+    importance: Mapping[str, float] | None = None,
+) -> dict[str, bytes | str]:
+    """Return the study's artifacts by their fixed names.
+
+    Args:
+        result: of the study.
+        trials: all of them.
+        config: what repeats it.
+        importance: of the space's parameters, from 0 to 1.
+    """
     # What draws takes a second to import, and is not needed before the end.
     from dsm_tune.reviewing import figures, interactive, report
 
@@ -54,10 +83,15 @@ def artifacts(result: TuneResult, trials: Sequence[Trial], command: str) -> dict
     }
     if result.front:
         pictures["tokens.png"] = figures.tokens_png(result)
+    if importance:
+        pictures["importance.png"] = figures.importance_png(importance)
+    if prediction := figures.prediction_png(result):
+        pictures["prediction.png"] = prediction
     return {
         **pictures,
         "pareto.html": interactive.pareto_html(result, trials),
-        "report.html": report.report_html(result, trials, figures=pictures, command=command),
+        "report.html": report.report_html(result, trials, figures=pictures, command=config.command),
         "trials.csv": report.trials_csv(trials),
         "front.json": report.front_json(result),
+        "config.toml": config.toml,
     }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from dsm_tune.errors import StudyError
 from dsm_tune.results import Result, Trial, TuneResult
@@ -92,6 +93,7 @@ class StudyRuns:
                 record = records.of_study(labels)
                 status = record.status if runs_now else ""
                 runs._write(runs._parent, dataclasses.replace(record, status=status))
+                runs._log_images(parent)
                 return runs
         except StudyError:
             raise
@@ -226,6 +228,19 @@ class StudyRuns:
     def _mark_chosen(self, child: _Run, chosen: bool) -> None:
         if chosen or "chosen" in child.tags:
             self._write(child, Record("", "", {}, {}, {"chosen": "true" if chosen else "false"}))
+
+    def _log_images(self, parent: Any) -> None:
+        """Name the images as MLflow names data sets, those that are not there yet."""
+        known = {one.dataset.digest for one in parent.inputs.dataset_inputs}
+        inputs = []
+        for one in self._labels.images:
+            source, profile = json.dumps({"uri": one.source}), json.dumps({"images": one.count})
+            data = Dataset(one.name, one.digest, "local", source, profile=profile)
+            if one.digest not in known:
+                inputs.append(DatasetInput(data, [InputTag("mlflow.data.context", one.split)]))
+        if inputs:
+            self._client.log_inputs(self.parent_run_id, datasets=inputs)
+            self.written.add(self.parent_run_id)
 
     def _log_artifacts(self, artifacts: Mapping[str, bytes | str]) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -83,6 +83,12 @@ class Browser:
             conditions = {**conditions, "offline": False}
             self._ask("chromium/network_conditions", {"network_conditions": conditions})
 
+    def click(self, selector: str) -> None:
+        """Click on what is there, as a person does."""
+        self.wait_until(f"return !!document.querySelector({json.dumps(selector)})", "it is absent")
+        found = self._ask("element", {"using": "css selector", "value": selector})
+        self._ask(f"element/{next(iter(found.values()))}/click", {})
+
     def enter(self, selector: str) -> None:
         """Go into a frame of the page."""
         found = self._ask("element", {"using": "css selector", "value": selector})

@@ -26,6 +26,16 @@ STORES = ("OPTUNA_STORAGE", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RA
 TUNE = ("--budget-gflops", "60%", "--trials", "16", "--study", "digits")
 DRAWN = "return document.querySelectorAll('#figure .scatterlayer .points path').length"
 
+FIRST_OF_FRONT = """
+const figure = document.getElementById('figure');
+const front = figure.data.find((one) => one.name.startsWith('front'));
+const { xaxis, yaxis } = figure._fullLayout;
+const box = figure.getBoundingClientRect();
+return [
+  box.x + xaxis._offset + xaxis.l2p(front.x[0]), box.y + yaxis._offset + yaxis.l2p(front.y[0])
+];
+"""
+
 
 def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     kept = {key: value for key, value in os.environ.items() if key not in STORES}
@@ -127,11 +137,7 @@ def test_its_children_are_filtered_by_the_front(
     root = ui.partition("#")[0]
     page.open(f"{root}#/experiments/{experiment}/runs?searchFilter={query}")
     page.wait_for("matching runs")
-    expanders = "[...document.querySelectorAll('.ag-center-cols-container, .ag-body')]"
-    page.run(
-        f"for (const table of {expanders}) for (const button of "
-        "table.querySelectorAll('button')) button.click()"
-    )
+    page.click(".ag-row button[data-component-id*=runname]")  # the study's children
     names = front(folder)
     assert names
     text = page.wait_for(*(name.split(" GMACs")[0] for name in names))
@@ -166,12 +172,7 @@ def test_the_interactive_figure_draws_with_the_network_off_and_tells_plan_and_ru
         page.wait_for("chosen plan", "ToMe, fitted to the budget", "front (held-out images)")
         page.wait_until(DRAWN, "no mark is drawn")
         assert page.complaints() == []
-        where = page.run(
-            "const marks = document.querySelectorAll('#figure .scatterlayer .trace');"
-            "const box = marks[marks.length - 1].querySelector('path.point')"
-            ".getBoundingClientRect();"
-            "return [box.x + box.width / 2, box.y + box.height / 2];"
-        )
+        where = page.run(FIRST_OF_FRONT)
         page.point_at(*where)
         page.wait_until("return document.querySelector('#figure .hovertext')", "no words appear")
         words = page.run("return document.querySelector('#figure .hoverlayer').textContent")

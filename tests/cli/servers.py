@@ -57,7 +57,11 @@ def mlflow_server(folder: Path, port: int, backend: str) -> Iterator[str]:
     with (folder / "server.log").open("ab") as log:
         process = subprocess.Popen(
             command,
-            env={**os.environ, "MLFLOW_BACKEND_STORE_URI": backend},
+            env={
+                **os.environ,
+                "MLFLOW_BACKEND_STORE_URI": backend,  # not an argument: it may hold a password
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },
             stdout=log,
             stderr=log,
             cwd=folder,

@@ -16,6 +16,7 @@ from dsm_tune.config import TuneConfig
 from dsm_tune.errors import StudyError
 from dsm_tune.reviewing import outcome
 from dsm_tune.reviewing.stores import connect
+from dsm_tune.searching.importance import parameter_importance
 from dsm_tune.searching.search import Progress
 from dsm_tune.searching.study import Study
 from dsm_tune.sync import sync
@@ -143,7 +144,8 @@ def test_what_a_tune_had_written_and_what_sync_writes_are_equal(
     answer = Answer.of(search.study)
     result = answer.result()
     trials = answer.trials(result.front)
-    queue.log_outcome(result, trials, outcome.artifacts(result, trials, config.command))
+    importance = parameter_importance(search.study)
+    queue.log_outcome(result, trials, outcome.artifacts(result, trials, config, importance))
     queue.close_runs("done")
     assert queue.close(60)
     live = standing(uri, "live")

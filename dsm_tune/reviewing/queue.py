@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TrackingQueue"]
 
-PATIENCE = 3  # attempts to open a dead store, while someone waits
+PATIENCE = 5  # attempts to open a dead store, while someone waits
 
 
 class TrackingQueue:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TrackingQueue"]
 
+# Python's own 5 ms are what the search would wait after each of its writes while this one computes.
+SWITCH_SECONDS = 0.0005
 PATIENCE = 5  # attempts to open a dead store, while someone waits
 
 
@@ -152,6 +155,14 @@ class TrackingQueue:
         return not self.dropped
 
     def _work(self) -> None:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(min(before, SWITCH_SECONDS))
+        try:
+            self._write_all()
+        finally:
+            sys.setswitchinterval(before)
+
+    def _write_all(self) -> None:
         tries, pause = 0, self._pauses[0]
         while True:
             with self._change:

@@ -170,15 +170,29 @@ class TuneConfig:
     def command(self) -> str:
         """The command line that repeats this tune: what differs from the defaults."""
         words = ["dsm-tune"]
-        values = self.to_dict()
-        for field in dataclasses.fields(self):
-            value, default = values[field.name], field.default
-            private = field.name in ("storage", "tracking_uri", "ray_address")
-            if private or value in (None, {}, default):
-                continue
+        for name, value in self._told():
             shown = value if isinstance(value, str) else json.dumps(value, default=str)
-            words.append(_option(field.name) + ("" if value is True else f" {shlex.quote(shown)}"))
+            words.append(_option(name) + ("" if value is True else f" {shlex.quote(shown)}"))
         return " ".join(words)
+
+    @property
+    def toml(self) -> str:
+        """The same as a file for ``--config``."""
+        lines = ["# dsm-tune --config config.toml"]
+        for name, value in self._told():
+            plain = json.dumps(value) if isinstance(value, dict) else value
+            lines.append(f"{name} = {json.dumps(plain)}")
+        return "\n".join(lines) + "\n"
+
+    def _told(self) -> list[tuple[str, Any]]:
+        """What differs from the defaults and means the same elsewhere."""
+        private = ("storage", "tracking_uri", "ray_address")
+        told = []
+        for field in dataclasses.fields(self):
+            value = self.to_dict()[field.name]
+            if field.name not in private and value not in (None, {}, field.default):
+                told.append((field.name, value))
+        return told
 
     @property
     def study_name(self) -> str:

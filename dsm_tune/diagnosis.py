@@ -17,9 +17,10 @@ from pathlib import Path
 
 from dsm_tune.errors import DsmTuneError
 
-__all__ = ["Check", "check_cluster", "check_database", "diagnose", "version"]
+__all__ = ["Check", "check_cluster", "check_database", "diagnose", "version", "versions"]
 
 SECONDS = 5.0  # to wait for something on the network
+LIBRARIES = ("torch", "timm", "optuna", "ray", "mlflow", "numpy", "onnxruntime")
 LEAST_SHM = 256 << 20  # bytes of shared memory that Ray wants for its objects
 
 
@@ -44,6 +45,17 @@ def version() -> str:
         return metadata.version("dsm-tune")
     except metadata.PackageNotFoundError:
         return str(_project().get("version", "unknown"))
+
+
+def versions() -> dict[str, str]:
+    """What decides figures beside the configuration: versions by name."""
+    found = {"dsm-tune": version(), "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def diagnose(

@@ -19,10 +19,13 @@ from dsm_tune.reviewing.stores import redact
 __all__ = ["serve"]
 
 WORKERS = ("--workers", "1")  # one person looks
+NO_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes that have no task here
 PATIENCE = 120.0  # seconds for MLflow to open its store and its port
 
 
-def serve(uri: str, host: str, port: int, *, verbose: bool, say: Callable[[str], None]) -> None:
+def serve(
+    uri: str, host: str, port: int, *, verbose: bool, say: Callable[[str], None], run_id: str = ""
+) -> None:
     """Run the page until it is interrupted.
 
     Args:
@@ -31,13 +34,15 @@ def serve(uri: str, host: str, port: int, *, verbose: bool, say: Callable[[str],
         port: to listen on.
         verbose: let MLflow print.
         say: is told the address of the page.
+        run_id: of the run whose page is meant; by default the list of experiments.
 
     Raises:
         StudyError: if there is no such store.
         ConfigError: if the port is taken, or MLflow does not start.
     """
+    page = f"/#/runs/{run_id}" if run_id else ""
     if uri.startswith(("http://", "https://")):
-        say(f"the MLflow UI is at {redact(uri)}")
+        say(f"the MLflow UI is at {redact(uri)}{page}")
         return
     if (
         uri.startswith("sqlite:///")
@@ -50,7 +55,7 @@ def serve(uri: str, host: str, port: int, *, verbose: bool, say: Callable[[str],
         process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "ui", "--host", host, "--port", f"{port}", *WORKERS],
             # In the environment, for it may hold a password, and everyone sees arguments.
-            env={**os.environ, "MLFLOW_BACKEND_STORE_URI": uri},
+            env={**NO_JOBS, **os.environ, "MLFLOW_BACKEND_STORE_URI": uri},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -58,7 +63,7 @@ def serve(uri: str, host: str, port: int, *, verbose: bool, say: Callable[[str],
         )
         try:
             if _wait_for_port(process, host, port):
-                say(f"the MLflow UI is at http://{host}:{port} (Ctrl-C ends it)")
+                say(f"the MLflow UI is at http://{host}:{port}{page} (Ctrl-C ends it)")
             process.wait()
             log.seek(0)
             lines = [line.strip() for line in log if line.strip()]

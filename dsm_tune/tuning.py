@@ -16,7 +16,7 @@ import torch
 
 from dsm_tune.answer import Answer, load_study, parse_budget, profile_of, show
 from dsm_tune.config import TuneConfig, absolute_storage
-from dsm_tune.diagnosis import check_cluster, check_database
+from dsm_tune.diagnosis import check_cluster, check_database, versions
 from dsm_tune.errors import ConfigError, StudyError
 from dsm_tune.inputs import (
     Inputs,
@@ -40,6 +40,7 @@ from dsm_tune.reviewing.summary import duration_words
 from dsm_tune.searching import engine
 from dsm_tune.searching.budget import Limits
 from dsm_tune.searching.engine import Cluster, Crew
+from dsm_tune.searching.importance import parameter_importance
 from dsm_tune.searching.search import Planner, Progress, Search
 from dsm_tune.searching.space import load_space
 from dsm_tune.searching.study import Study, study_names
@@ -255,6 +256,7 @@ class _Tune:
             "identity": identity,
             "weights_digest": weights,
             "study_id": os.urandom(16).hex(),
+            "environment": versions(),
         }
         self.listener.say(f"study {config.study_name}")
         return Study.create(config.storage, config.study_name, facts)
@@ -482,15 +484,15 @@ class _Tune:
         answer = Answer.of(study)
         result = answer.result()
         trials = answer.trials(result.front)
-        queue.log_outcome(
-            result,
-            trials,
-            artifacts(result, trials, self.config.command) if status != "interrupted" else {},
-        )
+        files = {}  # after Ctrl-C nobody wants to wait for figures
+        if status != "interrupted":
+            files = artifacts(result, trials, self.config, parameter_importance(study))
+        queue.log_outcome(result, trials, files)
         queue.close_runs(status)
         if not queue.close(timeout=120.0):
             self.listener.say(
-                f"MLflow lacks {queue.dropped} writes ({queue.error}); the study itself is whole"
+                f"MLflow lacks {queue.dropped} writes ({queue.error}); the study itself is whole, "
+                f"`dsm-tune sync {study.name}` writes what is missing"
             )
         return result
 

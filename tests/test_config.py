@@ -214,3 +214,27 @@ def test_the_command_of_a_module_names_its_class() -> None:
 def test_every_refusal_is_an_error_of_ours() -> None:
     with pytest.raises(DsmTuneError):
         config(trials=0)
+
+
+def test_the_file_of_a_configuration_repeats_it(tmp_path: Path) -> None:
+    from dsm_tune.cli.group import verbs
+    from dsm_tune.cli.options import gather
+    from dsm_tune.cli.studies import tune
+
+    one = TuneConfig(
+        model="deit_tiny_patch16_224",
+        model_kwargs={"qk_norm": True},
+        images='/a "folder"',
+        budget_ms=5.5,
+        budget_gflops="60%",
+        trials=9,
+        timeout=30.0,
+        storage="sqlite:////private.db",
+    )
+    assert "private" not in one.toml
+    file = tmp_path / "config.toml"
+    file.write_text(one.toml)
+    assert tune is verbs.commands["tune"]
+    again = gather(tune, {"config": str(file)}, {}).config()
+    for name, value in one.identity().items():
+        assert str(again.identity()[name]) == str(value), name

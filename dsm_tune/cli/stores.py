@@ -1,4 +1,4 @@
-"""Verbs of stores and of this installation: doctor, ui."""
+"""Verbs of stores and of this installation: sync, doctor, ui."""
 
 from __future__ import annotations
 
@@ -12,7 +12,30 @@ from dsm_tune.cli.exits import BAD_INPUT, DONE
 from dsm_tune.cli.group import verbs
 from dsm_tune.cli.options import option, with_options
 
-__all__ = ["doctor", "ui"]
+__all__ = ["doctor", "sync", "ui"]
+
+
+@verbs.command()
+@click.argument("study", type=options.Text())
+@with_options(options.STORES, (options.OUTPUT[0],))
+def sync(study: str, as_json: bool | None, **where: str | None) -> int:
+    """Write to MLflow what it lacks of a study.
+
+    Runs, metrics, tags, figures and report, from the study's storage alone: after a tracking server
+    was down, or for another one. Twice is the same as once.
+    """
+    import dataclasses
+
+    from dsm_tune.cli.terminal import emit, to_json
+    from dsm_tune.sync import sync as sync_study
+
+    done = sync_study(study, **where)
+    if as_json:
+        emit(to_json(dataclasses.asdict(done)))
+    else:
+        runs = f"{done.trials} trials have their runs in {done.tracking_uri}"
+        emit(f"{runs}; {done.written} runs lacked something, files: {', '.join(done.files)}")
+    return DONE
 
 
 @verbs.command()
@@ -53,12 +76,14 @@ def ui(study: str | None, storage: str | None, tracking_uri: str | None, **value
     from dsm_tune.mlflow_ui import serve
     from dsm_tune.reviewing.stores import resolve_tracking_uri
 
+    run_id = ""
     if study is not None:
         from dsm_tune.answer import load_study
 
         found = load_study(absolute_storage(storage, Path.cwd()), study).facts
-        tracking_uri = tracking_uri or found.get("tracking_uri")
+        if tracking_uri in (None, found.get("tracking_uri")):
+            tracking_uri, run_id = found.get("tracking_uri"), found.get("parent_run_id", "")
     uri = resolve_tracking_uri(tracking_uri, Path.cwd())
     is_verbose = bool(values["verbose"])
-    serve(uri, values["host"], values["port"], verbose=is_verbose, say=click.echo)
+    serve(uri, values["host"], values["port"], verbose=is_verbose, say=click.echo, run_id=run_id)
     return DONE

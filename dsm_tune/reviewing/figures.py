@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -16,11 +16,19 @@ from dsm_tune.results import Result, Trial, TuneResult
 from dsm_tune.reviewing import points, summary
 from dsm_tune.reviewing.points import COLOURS, KINDS, MARKERS, Point
 
-__all__ = ["pareto_png", "similarity_curve_png", "similarity_curve_svg", "tokens_png"]
+__all__ = [
+    "importance_png",
+    "pareto_png",
+    "prediction_png",
+    "similarity_curve_png",
+    "similarity_curve_svg",
+    "tokens_png",
+]
 
 DPI = 150
 INCHES = (8.0, 5.0)  # 1200 × 750 pixels
 GREY = "#595959"
+MOST_BARS = 14  # parameters shown
 SIZES = {"pruned": 4, "infeasible": 4, "trial": 4, "front": 7, "dense": 8, "tome": 9, "dsm": 8}
 
 
@@ -127,6 +135,68 @@ def tokens_png(result: TuneResult) -> bytes:
     return _png(figure)
 
 
+def importance_png(importance: Mapping[str, float]) -> bytes:
+    """Return how much each parameter of the space decided.
+
+    Args:
+        importance: shares, by parameter.
+    """
+    order = sorted(importance.items(), key=lambda pair: pair[1])[-MOST_BARS:]
+    name, share = order[-1]
+    figure, axes = _page(
+        f"What decided most: {name} ({share:.0%})",
+        "how much each parameter decided that a trial was among the best quarter (PED-ANOVA)",
+        "share",
+        "",
+    )
+    axes.set_position((0.24, *axes.get_position().bounds[1:2], 0.7, axes.get_position().height))
+    axes.barh([name for name, _ in order], [value for _, value in order], color=COLOURS["front"])
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(left=0)
+    return _png(figure)
+
+
+def prediction_png(result: TuneResult) -> bytes | None:
+    """Return the latencies that were measured against those predicted; ``None`` without both."""
+    named: list[tuple[str, Result | None]]
+    named = [("dense", result.dense), ("tome", result.tome), ("dsm", result.dsm)]
+    named += [("front", one) for one in result.front] + [("chosen", result.chosen)]
+    known = [
+        (kind, one.latency_ms.predicted, value, one.latency_ms)
+        for kind, one in named
+        if one is not None and one.latency_ms.predicted is not None
+        and (value := getattr(one.latency_ms, result.budget.stat)) is not None
+    ]  # fmt: skip
+    if len(known) < 2:
+        return None
+    worst = max(abs(measured / predicted - 1) for _, predicted, measured, _ in known)
+    figure, axes = _page(
+        f"What was timed differs by {worst:.0%} at most from what was predicted",
+        f"{result.model} on {result.device.get('name', '')} · 95 % intervals",
+        "predicted latency (ms)",
+        f"{result.budget.stat} latency, measured (ms)",
+    )
+    costs = [cost for _, *both, _ in known for cost in both]
+    low, high = 0.93 * min(costs), 1.05 * max(costs)
+    axes.plot([low, high], [low, high], "--", color=GREY, linewidth=1.2, label="as predicted")
+    for kind, predicted, measured, latency in known:
+        if latency.low is not None and latency.high is not None:
+            axes.vlines(predicted, latency.low, latency.high, color=COLOURS[kind], linewidth=1.4)
+        _, labels = axes.get_legend_handles_labels()
+        axes.plot(
+            [predicted],
+            [measured],
+            MARKERS[kind][0],
+            color=COLOURS[kind],
+            markersize=SIZES.get(kind, 17),
+            markeredgecolor="white",
+            label=None if KINDS[kind] in labels else KINDS[kind],
+        )
+    axes.set_xlim(low, high)
+    _legend(axes)
+    return _png(figure)
+
+
 def _tokens(
     axes: Any, one: Result, colour: Any, label: str | None, width: float, style: str = "-"
 ) -> None:
@@ -136,15 +206,11 @@ def _tokens(
 
 def _leave_dense_outside(axes: Any, drawing: points.Scatter) -> None:
     """Give the width to the plans where the dense model costs far more; an arrow points at it."""
-    others = [p.cost for kind, some in drawing.points.items() if kind != "dense" for p in some]
-    others += [] if drawing.budget is None else [drawing.budget]
-    dense = max((point.cost for point in drawing.points["dense"]), default=0.0)
-    if not others or dense <= 2 * max(others) - min(others):
+    if drawing.frame is None:
         return
-    low, high = min(others), max(others)
-    axes.set_xlim(low - 0.08 * (high - low), high + 0.2 * (high - low))
+    axes.set_xlim(drawing.frame)
     axes.annotate(
-        f"dense model at {dense:.3g} →",
+        f"dense model at {drawing.points['dense'][0].cost:.3g} →",
         (0.995, 0.015),
         xycoords="axes fraction",
         ha="right",

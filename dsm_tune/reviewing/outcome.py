@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dsm_tune.config import TuneConfig
 from dsm_tune.results import Trial, TuneResult
 from dsm_tune.reviewing.queue import TrackingQueue
-from dsm_tune.reviewing.records import StudyLabels
+from dsm_tune.reviewing.records import ImagesLabel, StudyLabels
 
-__all__ = ["artifacts", "open_queue"]
+__all__ = ["artifacts", "labels_of", "open_queue"]
 
 
 def open_queue(
@@ -21,9 +22,15 @@ def open_queue(
     warn: Callable[[str], None],
 ) -> TrackingQueue:
     """Open the study's runs in the background."""
+    labels = labels_of(study, facts, config)
+    return TrackingQueue.for_study(tracking_uri, config.experiment, labels, warn)
+
+
+def labels_of(study: str, facts: Mapping[str, Any], config: TuneConfig) -> StudyLabels:
+    """Return what the study's runs are known by."""
     budgets = [(config.budget_ms, "ms"), (config.budget_gflops, "GMACs")]
     words = [f"{value} {unit}" for value, unit in budgets if value is not None]
-    labels = StudyLabels(
+    return StudyLabels(
         study=study,
         study_id=facts["study_id"],
         model=config.model_name,
@@ -32,12 +39,39 @@ def open_queue(
         params={
             k: v for k, v in config.to_dict().items() if k not in ("storage", "tracking_uri") and v
         },
+        tags={f"env.{k}": v for k, v in facts.get("environment", {}).items()},
+        images=_images(facts, config),
     )
-    return TrackingQueue.for_study(tracking_uri, config.experiment, labels, warn)
 
 
-def artifacts(result: TuneResult, trials: Sequence[Trial], command: str) -> dict[str, bytes | str]:
-    """Return the study's artifacts by their fixed names."""
+def _images(facts: Mapping[str, Any], config: TuneConfig) -> tuple[ImagesLabel, ...]:
+    """What the study searched and judged on; both digests have the same length."""
+    digests = facts.get("identity", {}).get("images_digest", "")
+    half = len(digests) // 2
+    source = config.images or config.model_name
+    name = Path(source).name
+    parts = {"search": digests[:half], "holdout": digests[half:]}
+    return tuple(
+        ImagesLabel(split, f"{name} ({split})", digest, source, facts["images"][split])
+        for split, digest in parts.items()
+        if digest
+    )
+
+
+def artifacts(
+    result: TuneResult,
+    trials: Sequence[Trial],
+    config: TuneConfig,
+    importance: Mapping[str, float] | None = None,
+) -> dict[str, bytes | str]:
+    """Return the study's artifacts by their fixed names.
+
+    Args:
+        result: of the study.
+        trials: all of them.
+        config: what repeats it.
+        importance: of the space's parameters, from 0 to 1.
+    """
     # What draws takes a second to import, and is not needed before the end.
     from dsm_tune.reviewing import figures, interactive, report
 
@@ -49,10 +83,15 @@ def artifacts(result: TuneResult, trials: Sequence[Trial], command: str) -> dict
     }
     if result.front:
         pictures["tokens.png"] = figures.tokens_png(result)
+    if importance:
+        pictures["importance.png"] = figures.importance_png(importance)
+    if prediction := figures.prediction_png(result):
+        pictures["prediction.png"] = prediction
     return {
         **pictures,
         "pareto.html": interactive.pareto_html(result, trials),
-        "report.html": report.report_html(result, trials, figures=pictures, command=command),
+        "report.html": report.report_html(result, trials, figures=pictures, command=config.command),
         "trials.csv": report.trials_csv(trials),
         "front.json": report.front_json(result),
+        "config.toml": config.toml,
     }

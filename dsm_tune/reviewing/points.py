@@ -13,7 +13,7 @@ __all__ = ["COLOURS", "KINDS", "MARKERS", "Point", "Scatter", "scatter"]
 MOST = 1500  # background points; more are thinned out evenly
 # Okabe and Ito's palette, told apart by the colour-blind; the marker says the same as the colour.
 COLOURS = {
-    "pruned": "#C4C4C4",
+    "pruned": "#A6A6A6",
     "infeasible": "#8C8C8C",
     "trial": "#56B4E9",
     "front": "#0072B2",
@@ -73,6 +73,7 @@ class Scatter:
         budget_label: what is written at it.
         points: by kind, in the order in which they are drawn.
         top: the largest divergence shown.
+        frame: the costs shown, where the dense model costs far more than all else; or ``None``.
     """
 
     title: str
@@ -83,6 +84,7 @@ class Scatter:
     budget_label: str
     points: dict[str, list[Point]]
     top: float
+    frame: tuple[float, float] | None = None
 
 
 def scatter(result: TuneResult, trials: Sequence[Trial]) -> Scatter:
@@ -119,6 +121,7 @@ def scatter(result: TuneResult, trials: Sequence[Trial]) -> Scatter:
         budget_label=f"budget {label}",
         points=points,
         top=top,
+        frame=_frame(points, budget.ms if in_ms else budget.gmacs),
     )
 
 
@@ -173,6 +176,18 @@ def _top(points: dict[str, list[Point]]) -> float:
     if not highest or max(highest) <= 0:
         highest = [point.divergence for kind in ("trial", "infeasible") for point in points[kind]]
     return 1.4 * max(highest, default=1.0) or 1.0
+
+
+def _frame(points: dict[str, list[Point]], budget: float | None) -> tuple[float, float] | None:
+    """Give the width to the plans where the dense model costs far more."""
+    others = [point.cost for kind, some in points.items() if kind != "dense" for point in some]
+    others += [] if budget is None else [budget]
+    dense = max((point.cost for point in points["dense"]), default=0.0)
+    if not others or dense <= 2 * max(others) - min(others):
+        return None
+    low, high = min(others), max(others)
+    room = 0.08 * (high - low)
+    return low - room, high + 2.5 * room
 
 
 def _hidden(points: dict[str, list[Point]], top: float) -> str:

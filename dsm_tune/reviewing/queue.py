@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from dsm_tune.reviewing.tracking import StudyRuns
 
 __all__ = ["TrackingQueue"]
+
+# Python's own 5 ms are what the search would wait after each of its writes while this one computes.
+SWITCH_SECONDS = 0.0005
+PATIENCE = 5  # attempts to open a dead store, while someone waits
 
 
 class TrackingQueue:
@@ -56,6 +61,7 @@ class TrackingQueue:
         self._change = threading.Condition()
         self._ends = False
         self._hurry = False
+        self._refused = 0  # attempts to open the store, since someone has waited
         self._thread: threading.Thread | None = None
         self._runs: StudyRuns | None = None
         self._lookup: StudyRuns | None = None
@@ -124,11 +130,14 @@ class TrackingQueue:
             self._change.notify_all()
 
     def drain(self, timeout: float) -> bool:
-        """Wait at most ``timeout`` seconds until all is written; return whether it is."""
+        """Wait at most ``timeout`` seconds until all is written; return whether it is.
+
+        A store that does not open, tried again and again, is not waited for.
+        """
         with self._change:
-            self._hurry = True
+            self._hurry, self._refused = True, 0
             self._change.notify_all()
-            self._change.wait_for(lambda: not self._calls, timeout)
+            self._change.wait_for(lambda: not self._calls or self._refused >= PATIENCE, timeout)
             self._hurry = False
             return not self._calls and not self.dropped
 
@@ -146,6 +155,14 @@ class TrackingQueue:
         return not self.dropped
 
     def _work(self) -> None:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(min(before, SWITCH_SECONDS))
+        try:
+            self._write_all()
+        finally:
+            sys.setswitchinterval(before)
+
+    def _write_all(self) -> None:
         tries, pause = 0, self._pauses[0]
         while True:
             with self._change:
@@ -155,6 +172,8 @@ class TrackingQueue:
                 call = self._calls[0]
             if not self._is_open():
                 with self._change:
+                    self._refused += 1
+                    self._change.notify_all()
                     self._change.wait_for(lambda: self._ends or self._hurry, pause)
                     if self._hurry:  # someone waits: try again soon, but not in a busy loop
                         self._change.wait_for(lambda: self._ends, self._pauses[0])

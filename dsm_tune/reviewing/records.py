@@ -13,6 +13,7 @@ from dsm_tune.reviewing import summary
 from dsm_tune.reviewing.stores import redact
 
 __all__ = [
+    "ImagesLabel",
     "Record",
     "StudyLabels",
     "finite",
@@ -26,7 +27,27 @@ __all__ = [
 
 STATUS = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 NAMES = {"dense": "Dense", "tome": "ToMe", "dsm": "DSM"}
+GAP = "\N{EN SPACE}"  # MLflow's tables have none between their columns
 LONGEST = 6000  # characters of a param, a tag or a note that every MLflow store takes
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesLabel:
+    """A set of images that a study used.
+
+    Attributes:
+        split: ``search`` or ``holdout``.
+        name: of the set.
+        digest: of its pixels and labels.
+        source: where it came from.
+        count: of images.
+    """
+
+    split: str
+    name: str
+    digest: str
+    source: str
+    count: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +62,7 @@ class StudyLabels:
         budget: as text, such as ``5 ms`` or ``0.71 GMACs``.
         params: the configuration.
         tags: further tags of the study run.
+        images: that it used.
     """
 
     study: str
@@ -50,6 +72,7 @@ class StudyLabels:
     budget: str
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    images: tuple[ImagesLabel, ...] = ()
 
     @property
     def common_tags(self) -> dict[str, str]:
@@ -165,7 +188,7 @@ def finite(values: Mapping[str, float | None]) -> dict[str, float]:
 def note(result: TuneResult) -> str:
     """Return the description of the study run, in Markdown: the answer, the table, what next."""
     table = [summary.headings(result), *(row.cells for row in summary.rows(result))]
-    lines = [f"| {' | '.join(map(_markdown, cells))} |" for cells in table]
+    lines = [f"| {' | '.join(_markdown(cell) + GAP for cell in cells)} |" for cells in table]
     lines.insert(1, "|" + " --- |" * len(table[0]))
     study, uri = shlex.quote(result.study), redact(result.tracking_uri)
     see = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
@@ -189,12 +212,12 @@ def note(result: TuneResult) -> str:
 
 
 def _trial_name(trial: Trial) -> str:
-    if trial.label:
-        return f"{NAMES.get(trial.label, trial.label)} (reference)"
+    if trial.label in NAMES:
+        return f"{NAMES[trial.label]} (reference)"
     if trial.plan is None:
         return f"t{trial.number:03d} · {trial.state}"
     words = summary.plan_words(trial.plan)
-    return f"t{trial.number:03d} · {words} · {trial.plan.gmacs:.3g} GMACs"
+    return f"t{trial.number:03d} · {trial.plan.gmacs:.3g} GMACs · {words}"  # MLflow cuts its end
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:

@@ -20,6 +20,8 @@ CAPTIONS = {
     "pareto.png": "Quality against what the budget limits; pareto.html is the same to point at.",
     "similarity_curve.png": "How alike the tokens of an image are after each block's attention.",
     "tokens.png": "How many tokens enter each block.",
+    "importance.png": "How much each parameter of the search decided (PED-ANOVA over all trials).",
+    "prediction.png": "What the device profile said of the plans that were timed in the end.",
 }
 STYLE = """
 :root { color-scheme: light; }
@@ -71,7 +73,11 @@ def report_html(
         *(_figure(name, data) for name, data in (figures or {}).items()),
         _front(result),
         _study(result, trials),
-        f"<h2>Repeat it</h2><pre>{_safe(redact(command))}</pre>" if command else "",
+        "<h2>Repeat it</h2>"
+        f"<pre>{_safe(redact(command))}</pre><p><small>The same as a file: "
+        "<code>dsm-tune --config config.toml</code>.</small></p>"
+        if command
+        else "",
     ]
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"

@@ -16,6 +16,7 @@ __all__ = ["connect", "find_experiment", "quietly", "redact", "resolve_tracking_
 
 SQLITE = "sqlite:///"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # which pages MLflow shows of it
 LOGGERS = ("mlflow", "alembic")
 # One attempt: a repeated request can create a run twice, and the queue repeats with care.
 CALM = {
@@ -126,7 +127,7 @@ def find_experiment(client: Any, name: str) -> str:
     if found is None:
         try:
             folder = _artifacts(client.tracking_uri)
-            return str(client.create_experiment(name, artifact_location=folder))
+            return str(client.create_experiment(name, artifact_location=folder, tags=KIND))
         except mlflow.exceptions.MlflowException:
             found = client.get_experiment_by_name(name)  # another study was faster
             if found is None:

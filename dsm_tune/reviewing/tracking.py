@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
 from dsm_tune.errors import StudyError
 from dsm_tune.results import Result, Trial, TuneResult
@@ -20,6 +21,7 @@ __all__ = ["StudyLabels", "StudyRuns"]
 
 PAGE = 1000
 BATCH = 100  # params and tags that one request may carry
+NO_RUN = ("duplicate", "running")  # states of trials that have none: their plan has one, or will
 STATUS = {"running": "RUNNING", "interrupted": "KILLED", "failed": "FAILED"}
 
 
@@ -35,7 +37,11 @@ class _Run:
 
 
 class StudyRuns:
-    """The runs of one study in one MLflow store. Not for use by several threads at once."""
+    """The runs of one study in one MLflow store. Not for use by several threads at once.
+
+    Attributes:
+        written: ids of the runs of which something was not there yet.
+    """
 
     def __init__(
         self,
@@ -50,6 +56,7 @@ class StudyRuns:
         self._labels = labels
         self._clock = clock
         self._last_stamp = 0
+        self.written: set[str] = set()
         self._parent = _known(parent)
         self._children = self._read_children()
         history = client.get_metric_history(self.parent_run_id, "trials_done")
@@ -62,6 +69,7 @@ class StudyRuns:
         experiment: str,
         labels: StudyLabels,
         *,
+        runs_now: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> StudyRuns:
         """Find the study's run by its id, or create it, and read which trials it has.
@@ -70,6 +78,7 @@ class StudyRuns:
             tracking_uri: absolute, as ``stores.resolve_tracking_uri`` returns it.
             experiment: name of the MLflow experiment.
             labels: what the study is called and known by.
+            runs_now: whether the study goes on, so that a run that had ended is running again.
             clock: gives seconds since 1970.
 
         Raises:
@@ -81,7 +90,10 @@ class StudyRuns:
                 experiment_id = stores.find_experiment(client, experiment)
                 parent = _find_or_create_parent(client, experiment_id, labels, clock)
                 runs = cls(client, experiment_id, parent, labels, clock)
-                runs._write(runs._parent, records.of_study(labels))
+                record = records.of_study(labels)
+                status = record.status if runs_now else ""
+                runs._write(runs._parent, dataclasses.replace(record, status=status))
+                runs._log_images(parent)
                 return runs
         except StudyError:
             raise
@@ -99,13 +111,13 @@ class StudyRuns:
         return None if child is None else child.run_id
 
     def log_trial(self, trial: Trial, result: Result | None = None) -> None:
-        """Write a trial that has ended; a duplicate gets no run, since its plan has one.
+        """Write a trial that has ended; others get no run, nor do duplicates.
 
         Args:
             trial: it.
             result: its confirmed measurement, if there is one.
         """
-        if trial.state == "duplicate":
+        if trial.state in NO_RUN:
             return
         record = records.of_trial(trial, result, self._labels)
         child = self._children.get(trial.number)
@@ -130,6 +142,7 @@ class StudyRuns:
         metrics = [Metric(name, v, stamp, step) for name, v in records.finite(values).items()]
         with stores.quietly():
             self._client.log_batch(self.parent_run_id, metrics=metrics)
+        self.written.add(self.parent_run_id)
         self._steps.add(step)
 
     def log_outcome(
@@ -182,6 +195,7 @@ class StudyRuns:
         tags = record.tags | {"mlflow.parentRunId": self.parent_run_id}
         started = self._stamp() - int(1000 * trial.seconds)
         run = self._client.create_run(self._experiment_id, started, tags, record.name)
+        self.written.add(run.info.run_id)
         self._children[trial.number] = _known(run)
         return self._children[trial.number]
 
@@ -192,6 +206,8 @@ class StudyRuns:
         tags = {k: v for k, v in record.tags.items() if run.tags.get(k) != v}
         stamp = self._stamp()
         points = [Metric(k, v, stamp, 0) for k, v in metrics.items()]
+        if params or metrics or tags or record.status not in ("", run.status):
+            self.written.add(run.run_id)
         for start in range(0, max(len(params), len(tags), bool(points)), BATCH):
             self._client.log_batch(
                 run.run_id,
@@ -212,6 +228,19 @@ class StudyRuns:
     def _mark_chosen(self, child: _Run, chosen: bool) -> None:
         if chosen or "chosen" in child.tags:
             self._write(child, Record("", "", {}, {}, {"chosen": "true" if chosen else "false"}))
+
+    def _log_images(self, parent: Any) -> None:
+        """Name the images as MLflow names data sets, those that are not there yet."""
+        known = {one.dataset.digest for one in parent.inputs.dataset_inputs}
+        inputs = []
+        for one in self._labels.images:
+            source, profile = json.dumps({"uri": one.source}), json.dumps({"images": one.count})
+            data = Dataset(one.name, one.digest, "local", source, profile=profile)
+            if one.digest not in known:
+                inputs.append(DatasetInput(data, [InputTag("mlflow.data.context", one.split)]))
+        if inputs:
+            self._client.log_inputs(self.parent_run_id, datasets=inputs)
+            self.written.add(self.parent_run_id)
 
     def _log_artifacts(self, artifacts: Mapping[str, bytes | str]) -> None:
         with tempfile.TemporaryDirectory() as folder:

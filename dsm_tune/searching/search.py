@@ -409,16 +409,27 @@ class Search:
                 )
             else:
                 values = (latest.divergence, self._cost(record))
-            self.study.close(record.number, state, values=values, excess=excess, why=why)
-            closed = dataclasses.replace(record, state=state, why=why)
-            self._records[record.number] = closed
-            self.on_progress(self._progress(closed))
+            self._records[record.number] = dataclasses.replace(record, state=state, why=why)
+            progress = self._progress(self._records[record.number])
+            self.study.close(
+                record.number,
+                state,
+                values=values,
+                excess=excess,
+                why=why,
+                progress=progress.record.progress,
+            )
+            self._records[record.number] = progress.record
+            self.on_progress(progress)
 
     def _progress(self, record: Record) -> Progress:
         ended = [r for r in self._records.values() if r.state != "running"]
         merged = [r for r in self.front() if any(r.plan.removed)]
         least = min((self.objectives(r)[1] for r in merged), default=None)
-        return Progress(len(ended), self.trials, least, self.hypervolume(), record)
+        volume = self.hypervolume()
+        stood = {"done": len(ended), "hypervolume": volume, "best_divergence": least}
+        kept = dataclasses.replace(record, progress=stood)
+        return Progress(len(ended), self.trials, least, volume, kept)
 
     def hypervolume(self) -> float:
         """Of the feasible front, up to dense cost and twice the worse of ToMe's and DSM's loss.

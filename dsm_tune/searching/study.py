@@ -61,6 +61,8 @@ class Record:
         state: ``running``, ``complete``, ``pruned`` or ``failed``.
         why: the cause of a state other than ``complete``.
         redrawn: draws given up before this one: ``duplicate`` and ``unfit`` counts.
+        progress: where the search stood when it had ended: ``done``, ``hypervolume`` and
+            ``best_divergence``.
     """
 
     number: int
@@ -73,6 +75,7 @@ class Record:
     state: str = "running"
     why: str = ""
     redrawn: dict[str, int] = dataclasses.field(default_factory=dict)
+    progress: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def latest(self) -> Evaluation | None:
@@ -255,6 +258,7 @@ class Study:
         values: tuple[float, float] | None,
         excess: float,
         why: str,
+        progress: Mapping[str, Any] | None = None,
     ) -> None:
         """End a trial.
 
@@ -264,8 +268,11 @@ class Study:
             values: divergence and cost; only for a complete trial.
             excess: relative overrun of the budget, <= 0 if it is met.
             why: the cause of a state other than complete.
+            progress: where the search stands now.
         """
         trial_id = self._id(number)
+        if progress:
+            self._storage.set_trial_user_attr(trial_id, "progress", dict(progress))
         if why:
             self._storage.set_trial_user_attr(trial_id, "why", why)
         if state == "complete":
@@ -299,6 +306,7 @@ def _record(trial: optuna.trial.FrozenTrial) -> Record:
         state=states.get(trial.state, "running"),
         why=attrs.get("why", ""),
         redrawn=attrs["redrawn"],
+        progress=attrs.get("progress", {}),
     )
 
 

@@ -249,12 +249,12 @@ def test_a_store_must_be_writable(call: Call, url: str) -> None:
     assert "--storage must be" in refused(call, *BUDGET, "--storage", url)
 
 
-@pytest.mark.parametrize("verb", ["show", "resume"])
+@pytest.mark.parametrize("verb", ["show", "resume", "sync"])
 def test_an_unknown_study_makes_no_store(call: Call, verb: str) -> None:
     assert "there is no study store at" in refused(call, verb, "x")
 
 
-@pytest.mark.parametrize("verb", ["show", "resume"])
+@pytest.mark.parametrize("verb", ["show", "resume", "sync"])
 def test_an_unknown_study_is_told_its_neighbours(call: Call, verb: str) -> None:
     Study.create("sqlite:///dsm_tune.db", "digits-1", {})
     assert "there is no study 'digit-1' in this store; did you mean 'digits-1'?" in refused(
@@ -290,4 +290,5 @@ def test_a_study_that_exists_with_another_model_is_refused(call: Call) -> None:
 
 def test_a_study_that_has_not_begun_says_so(call: Call) -> None:
     Study.create("sqlite:///dsm_tune.db", "young", {"config": {}})
-    assert "has not begun its search yet" in refused(call, "show", "young")
+    for verb in ("show", "sync"):
+        assert "has not begun its search yet" in refused(call, verb, "young")

@@ -45,7 +45,8 @@ def test_help_fits_eighty_columns_and_names_every_verb(call: Callable[..., Ended
         ended = call(*arguments)
         assert ended.code == 0
         assert max(map(len, ended.out.splitlines())) <= 80
-    for verb in ("tune", "resume", "show", "curve", "profile", "bench", "draw", "doctor", "ui"):
+    names = "tune resume show curve profile bench draw export verify sync doctor ui"
+    for verb in names.split():
         assert f"  {verb} " in call("--help").out
 
 

@@ -1,0 +1,132 @@
+"""Real servers on loopback, in process groups of their own: PostgreSQL and MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PATIENCE = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        return True
+    return False
+
+
+def wait_until(done: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, what
+        time.sleep(0.1)
+
+
+def end(process: subprocess.Popen[Any], number: int = signal.SIGKILL) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+    process.wait(timeout=60)
+
+
+@contextlib.contextmanager
+def mlflow_server(folder: Path, port: int, backend: str) -> Iterator[str]:
+    """An MLflow server on a backend, killed at the end; gives its address."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+    command += ["--port", f"{port}", "--artifacts-destination", str(folder / "artifacts")]
+    with (folder / "server.log").open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            env={
+                **os.environ,
+                "MLFLOW_BACKEND_STORE_URI": backend,  # not an argument: it may hold a password
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            start_new_session=True,
+        )
+    uri = f"http://127.0.0.1:{port}"
+
+    def is_ready() -> bool:
+        assert process.poll() is None, (folder / "server.log").read_text()
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{uri}/health", timeout=2).close()
+            return True
+        return False
+
+    try:
+        wait_until(is_ready, "the MLflow server does not answer")
+        yield uri
+    finally:
+        end(process)
+
+
+def _postgres_programs() -> Path:
+    """The folder of Debian's PostgreSQL, or of the one on the path; skips where there is none."""
+    found = shutil.which("initdb")
+    places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    places += [Path(found).parent] if found else []
+    for place in places:
+        if (place / "initdb").is_file() and (place / "postgres").is_file():
+            return place
+    pytest.skip("needs PostgreSQL (initdb, postgres), which is not installed here")
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[str]:
+    """A PostgreSQL server with an empty database; gives its address, password included."""
+    programs = _postgres_programs()
+    if importlib.util.find_spec("psycopg") is None:
+        pytest.skip("needs psycopg, the driver of PostgreSQL: pip install 'psycopg[binary]'")
+    folder, port, password = Path(tempfile.mkdtemp()), free_port(), secrets.token_hex(16)
+    who: dict[str, Any] = {}
+    if os.geteuid() == 0:  # which PostgreSQL refuses to run as
+        who = {"user": "nobody", "extra_groups": []}
+    (folder / "password").write_text(password)
+    for path in (folder, folder / "password"):
+        if who:
+            shutil.chown(path, who["user"])
+    make = ["initdb", "-D", "data", "-U", "tuner", "-A", "scram-sha-256", "--no-sync", "-E", "UTF8"]
+    make += ["--pwfile", "password"]
+    run = ["postgres", "-D", "data", "-h", "127.0.0.1", "-p", f"{port}", "-k", str(folder)]
+    try:
+        subprocess.run(
+            [programs / make[0], *make[1:]], cwd=folder, check=True, capture_output=True, **who
+        )
+        process = subprocess.Popen(
+            [programs / run[0], *run[1:], "-F"],
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            **who,
+        )
+        try:
+            wait_until(lambda: answers(port), "PostgreSQL does not answer")
+            yield f"postgresql://tuner:{password}@127.0.0.1:{port}/postgres"
+        finally:
+            end(process, signal.SIGINT)
+    finally:
+        shutil.rmtree(folder)

@@ -33,6 +33,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from dsm_tune.errors import DsmTuneError
 from dsm_tune.exporting.manifest import Manifest, read_files
 
 MOST_BYTES = 16 << 20  # of a request
@@ -234,7 +235,10 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options.add_argument("--max-batch", type=int, default=8)
     chosen = options.parse_args()
-    app = application(chosen.bundle, chosen.threads, chosen.max_batch)
+    try:
+        app = application(chosen.bundle, chosen.threads, chosen.max_batch)
+    except DsmTuneError as error:
+        raise SystemExit(f"error: {error}") from None
     uvicorn.run(
         app, host=chosen.host, port=chosen.port, timeout_graceful_shutdown=10, access_log=False
     )

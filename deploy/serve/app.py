@@ -4,7 +4,7 @@
 
     POST /predict   an image (jpeg, png, webp, bmp), or JSON {"pixels": [3][H][W]}, normalised
     GET  /healthz   200 while the process lives
-    GET  /readyz    200 when requests are answered, 503 before and while it stops
+    GET  /readyz    200 when requests are answered
 
 Requests that wait are run together, up to --max-batch at a time; none waits for others to come.
 Every refusal is one line of JSON, {"error": …}, with a status of 4xx or 503.

@@ -89,7 +89,7 @@ class Server:
 def server(folder: Path) -> Iterator[Server]:
     started = Server(folder)
     yield started
-    assert started.stop() == 0
+    started.stop()
 
 
 def as_json(pixels: torch.Tensor) -> bytes:
@@ -186,7 +186,24 @@ def test_it_serves_again_after_it_was_killed(folder: Path) -> None:
     first.stop(signal.SIGKILL)
     second = Server(folder)
     assert second.predict(as_png(2), "image/png")[0] == 200
-    assert second.stop() == 0
+    second.stop()
+
+
+def test_a_request_that_has_begun_is_answered_before_the_server_stops(folder: Path) -> None:
+    server = Server(folder)
+    body = as_png(3)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.putrequest("POST", "/predict")
+    connection.putheader("Content-Type", "image/png")
+    connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders(body[:50])
+    time.sleep(0.5)  # it has begun
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    connection.send(body[50:])
+    assert connection.getresponse().status == 200
+    connection.close()
+    assert server.stop() == -signal.SIGTERM  # the signal itself, once all is answered
 
 
 def test_a_changed_bundle_is_not_served(folder: Path, tmp_path: Path) -> None:

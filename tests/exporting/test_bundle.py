@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from demo_sources import demo_plan, demo_source
 from hypothesis import HealthCheck, given, settings
@@ -23,6 +24,7 @@ from dsm_tune.errors import BundleError, ConfigError, ModelError
 from dsm_tune.exporting.bundle import architecture_of, open_bundle
 from dsm_tune.exporting.manifest import FORMAT, MANIFEST, Manifest, digest_of
 from dsm_tune.merging.merged import merged
+from dsm_tune.verification import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -251,6 +253,48 @@ def test_a_model_that_its_name_does_not_make_is_refused() -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=3).eval()
     with pytest.raises(ModelError, match="make its model again"):
         architecture_of(model, "vit_tiny_patch16_224", {})
+
+
+def test_verify_on_another_device_warns_and_measures_anew(exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path)
+    described = {"name": "another processor", "threads": 512}
+    signed_anew(folder, made={"device": {"name": "another", "described": described}})
+    verdict = verify(str(folder), seconds=0.5)
+    found = {finding.name: finding for finding in verdict.findings}
+    assert found["device"].status == "warning"
+    assert "another processor" in found["device"].detail
+    assert verdict.latency_ms is not None
+    assert verdict.holds
+
+
+@pytest.mark.parametrize(
+    ("limits", "fails"),
+    [({"ms": 1e-6}, "latency"), ({"ms_share": 1e-6}, "latency"), ({"gmacs": 1e-6}, "GMACs")],
+)
+def test_verify_fails_where_the_budget_is_not_met(
+    exported: Path, tmp_path: Path, limits: dict[str, float], fails: str
+) -> None:
+    folder = copied(exported, tmp_path)
+    signed_anew(folder, made={"limits": limits})
+    verdict = verify(str(folder), seconds=0.5)
+    assert [finding.name for finding in verdict.findings if finding.status == "failed"] == [fails]
+    assert not verdict.holds
+
+
+def test_verify_fails_where_outputs_or_quality_are_not_those_promised(
+    exported: Path, tmp_path: Path
+) -> None:
+    folder = copied(exported, tmp_path)
+    probes = safetensors.torch.load_file(folder / "probes.safetensors")
+    probes["outputs"] = probes["outputs"] + 1
+    safetensors.torch.save_file(probes, folder / "probes.safetensors")
+    signed_anew(folder, made={"exported": {"divergence": 0.0, "divergence_high": 0.0}})
+    failed = {
+        finding.name
+        for finding in verify(str(folder), seconds=0.5).findings
+        if finding.status == "failed"
+    }
+    assert failed == {"outputs", "onnx outputs", "pt2 outputs", "quality"}
 
 
 KILLED = """

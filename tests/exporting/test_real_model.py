@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from demo_sources import demo_plan, demo_source
+from torch import Tensor, nn
 
 from dsm_tune import production
 from dsm_tune.config import TuneConfig
@@ -22,34 +24,27 @@ from dsm_tune.demo import create_model, load_split
 from dsm_tune.exporting import formats
 from dsm_tune.exporting.bundle import load_bundle
 from dsm_tune.exporting.proof import compared
-from dsm_tune.inputs import load_model
-from dsm_tune.measuring.images import load_folder
 from dsm_tune.merging.merged import merged_view
 from dsm_tune.merging.published import dsm_plan
 from dsm_tune.production import Source
 
 pytestmark = pytest.mark.slow
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-CHECKPOINT, PHOTOS = DATA / "deit_tiny_patch16_224.safetensors", DATA / "photos"
-
 
 @torch.no_grad()
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the pretrained DeiT-Ti and photographs are absent")
-def test_deit_gives_the_eager_logits_in_every_format_on_photographs(tmp_path: Path) -> None:
-    name = "deit_tiny_patch16_224"
-    config = TuneConfig(model=name, checkpoint=f"{CHECKPOINT}", images=f"{PHOTOS}", budget_ms=1)
-    model = load_model(config)
-    plan = dsm_plan(model, r=16, delay=1, window=7)
-    source, folder = Source(config, model, plan, {}), tmp_path / "bundle"
+def test_deit_gives_the_eager_logits_in_every_format_on_photographs(
+    deit_tiny: nn.Module, photos: Tensor, tmp_path: Path
+) -> None:
+    plan = dsm_plan(deit_tiny, r=16, delay=1, window=7)
+    config = TuneConfig(model="deit_tiny_patch16_224", images=".", budget_ms=1)
+    source, folder = Source(config, deit_tiny, plan, {}), tmp_path / "bundle"
     for kind in formats.FILES:
         production.export(source, kind, str(folder))
-    pixels = load_folder(PHOTOS, model, limit=96)[0].pixels
-    expected = merged_view(model, plan)(pixels)
+    expected = merged_view(deit_tiny, plan)(photos)
     runs = {kind: formats.opened(kind, folder / file, 2) for kind, file in formats.FILES.items()}
     runs["bundle"] = load_bundle(folder)
     for kind, run in runs.items():
-        proof = compared(run, pixels, expected, 1e-4)
+        proof = compared(run, photos, expected, 1e-4)
         print(f"{kind}: {proof}, another class {proof.other_class}")
         assert proof.holds, (kind, proof)
         assert proof.other_class <= proof.apart
@@ -80,9 +75,7 @@ def test_mlflow_serves_the_model_and_a_request_gets_the_class(tmp_path: Path) ->
     assert max(range(len(logits)), key=logits.__getitem__) == expected
 
 
-def _asked(
-    port: int, body: str, process: subprocess.Popen[bytes]
-) -> dict[str, dict[str, list[list[float]]]]:
+def _asked(port: int, body: str, process: subprocess.Popen[bytes]) -> Any:
     """The answer of a server that may not have started yet."""
     end = time.monotonic() + 200
     while time.monotonic() < end and process.poll() is None:
@@ -92,8 +85,7 @@ def _asked(
             answer = connection.getresponse()
             content = answer.read()
             assert answer.status == 200, content
-            found: dict[str, dict[str, list[list[float]]]] = json.loads(content)
-            return found
+            return json.loads(content)
         except OSError:
             time.sleep(0.5)
         finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
 from dsm_tune.errors import StudyError
 from dsm_tune.results import Result, Trial, TuneResult
@@ -239,8 +240,19 @@ class StudyRuns:
             if one.digest not in known:
                 inputs.append(DatasetInput(data, [InputTag("mlflow.data.context", one.split)]))
         if inputs:
-            self._client.log_inputs(self.parent_run_id, datasets=inputs)
+            self._log_inputs(inputs)
             self.written.add(self.parent_run_id)
+
+    def _log_inputs(self, inputs: Sequence[Any]) -> None:
+        """Name data sets; another study on the same images may be naming them at this moment."""
+        for last in (False, False, True):
+            try:
+                self._client.log_inputs(self.parent_run_id, datasets=inputs)
+            except MlflowException as error:
+                if last or "datasets" not in str(error):
+                    raise
+            else:
+                break
 
     def _log_artifacts(self, artifacts: Mapping[str, bytes | str]) -> None:
         with tempfile.TemporaryDirectory() as folder:

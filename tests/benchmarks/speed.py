@@ -1,7 +1,8 @@
 """How fast merged models are beside dense, ToMe's plain loop, and a merge that costs nothing.
 
 Needs torch and timm alone, and the packages of ``dsm-tune[onnx]`` for ``--runtime onnx`` (where
-ToMe's plain loop stays eager, and dense is shown eager too). All forwards are timed in turn, in
+ToMe's plain loop stays eager, and dense is shown eager too, as with ``--runtime compile``, which
+takes minutes for torch.compile). All forwards are timed in turn, in
 one run. For each batch size the table gives, for every candidate: GMACs, its speed relative to
 dense (median over rounds of dense / candidate, with quartiles), its efficiency (that over the
 ratio of GMACs), and its speed relative to its slice floor: the same forward with matching and
@@ -139,6 +140,12 @@ def calls_of(
     model: nn.Module, compared: dict[str, tuple[MergePlan, Forward]], x: Tensor, runtime: str
 ) -> dict[str, Callable[[], object]]:
     """What is timed, by name, as the runtime runs it."""
+    if runtime == "compile":
+        compiled = {
+            name: run if name in STAY_EAGER else torch.compile(run, fullgraph=True)
+            for name, (_, run) in compared.items()
+        }
+        return {name: forward_of(run, x) for name, run in compiled.items()}
     if runtime != "onnx":
         return {name: forward_of(run, x, runtime) for name, (_, run) in compared.items()}
     from dsm_tune.runtimes.onnx.files import session
@@ -233,7 +240,9 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=20.0, help="per batch size")
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtype", default="float32")
-    options.add_argument("--runtime", default="eager", choices=["eager", "onnx", "cudagraphs"])
+    options.add_argument(
+        "--runtime", default="eager", choices=["eager", "onnx", "cudagraphs", "compile"]
+    )
     options.add_argument("--threads", type=int, default=os.cpu_count())
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -242,7 +251,7 @@ def main() -> int:
     model = timm.create_model(chosen.model).eval()
     model = model.to(chosen.device, getattr(torch, chosen.dtype))
     compared = candidates(model, chosen.r, chosen.delay)
-    if chosen.runtime == "onnx":
+    if chosen.runtime in ("onnx", "compile"):
         compared["dense, eager"] = compared["dense"]
     side = model.patch_embed.img_size
     for batch in (int(size) for size in chosen.batch_sizes.split(",")):

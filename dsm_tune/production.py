@@ -143,15 +143,19 @@ def _tuned(answer: Answer, chosen: Result) -> Source:
         "run_id": chosen.run_id,
         "command": config.command,
         "device": {**facts["device"], "described": described},
-        "serving": {"runtime": config.runtime, "batch_size": config.batch_size},
-        "threads": config.threads,
-        "stat": config.latency_stat,
+        **_serving(config),
         "limits": facts["limits"],
         "images": facts["images"],
         "dense": _figures(result.dense),
         "exported": _figures(chosen),
     }
     return Source(config, _typed(model, config.dtype), chosen.plan, made, facts.get("tracking_uri"))
+
+
+def _serving(config: TuneConfig) -> dict[str, Any]:
+    """How it is to be timed where it is verified."""
+    served = {"runtime": config.runtime, "batch_size": config.batch_size, "device": config.device}
+    return {"serving": served, "threads": config.threads, "stat": config.latency_stat}
 
 
 def _figures(result: Result) -> dict[str, Any]:
@@ -176,9 +180,7 @@ def of_plan(file: str, config: TuneConfig) -> Source:
     geometry = read_geometry(model)
     if geometry != plan.geometry:
         raise PlanError(f"{file}: the plan is for {plan.geometry}, but the model has {geometry}")
-    serving = {"runtime": config.runtime, "batch_size": config.batch_size}
-    made = {"serving": serving, "threads": config.threads, "stat": config.latency_stat}
-    return Source(config, _typed(model, config.dtype), plan, made)
+    return Source(config, _typed(model, config.dtype), plan, _serving(config))
 
 
 def _typed(model: nn.Module, dtype: str) -> nn.Module:

@@ -28,7 +28,7 @@ from dsm_tune.runtimes.onnx.files import need_packages
 from dsm_tune.searching import engine
 from dsm_tune.searching.engine import Cluster
 
-__all__ = ["TargetDevice", "measure_device", "predict_latency"]
+__all__ = ["TargetDevice", "measure_device", "predict_latency", "present"]
 
 
 class TargetDevice:
@@ -44,7 +44,7 @@ class TargetDevice:
 
     def __init__(self, config: TuneConfig) -> None:
         self.config = config
-        self.device = _present(device_of(config.device))
+        self.device = present(device_of(config.device))
         self.threads = config.threads or os.cpu_count() or 1
         file = config.device_profile
         self.given = None if file is None else DeviceProfile.load(file)
@@ -126,7 +126,7 @@ def predict_latency(profile: DeviceProfile, plans: Sequence[MergePlan]) -> list[
 
 def measure_device(config: TuneConfig, say: Callable[[str], None]) -> DeviceProfile:
     """Measure the device profile of a configuration's model, device, dtype and batch size."""
-    device = _present(device_of(config.device))
+    device = present(device_of(config.device))
     _check_runtime(config, device)
     model = load_model(config)
     geometry = read_geometry(model)
@@ -140,8 +140,12 @@ def measure_device(config: TuneConfig, say: Callable[[str], None]) -> DeviceProf
     return profile_target(target, matchings, seconds=2 * _patience(geometry))
 
 
-def _present(device: str) -> str:
-    """Refuse a device that is not there."""
+def present(device: str) -> str:
+    """Refuse a device that is not there, and return its name.
+
+    Raises:
+        ConfigError: naming those that are.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.startswith("cuda") and int(device.removeprefix("cuda").lstrip(":") or 0) >= count:
         raise ConfigError(

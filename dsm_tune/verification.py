@@ -11,17 +11,19 @@ from typing import Any
 import torch
 
 from dsm_tune import demo
-from dsm_tune.errors import BundleError, ConfigError
+from dsm_tune.config import TuneConfig
+from dsm_tune.errors import BundleError, ConfigError, DsmTuneError, shown
 from dsm_tune.exporting import formats
 from dsm_tune.exporting.bundle import Bundle, open_bundle
 from dsm_tune.exporting.manifest import MANIFEST
 from dsm_tune.exporting.proof import compared
-from dsm_tune.measuring.confirm import Confirmed, Target, confirm_latency
+from dsm_tune.measuring.confirm import Confirmed, Target, confirm_latency, device_of
 from dsm_tune.measuring.evaluate import Evaluator
 from dsm_tune.measuring.images import ImageSet, load_folder
 from dsm_tune.measuring.quality import bootstrap_interval
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import LatencyMs
+from dsm_tune.target import present
 
 __all__ = ["Verdict", "verify"]
 
@@ -36,6 +38,68 @@ class Finding:
     name: str
     status: str
     detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """What a manifest says of how a bundle is served, and what it then does.
+
+    Attributes:
+        runtime, batch_size, device, threads, stat: as of a tune.
+        ms, ms_share, gmacs: its budget.
+        divergence_high: upper end of the interval of its divergence.
+        described: the device that it was tuned on.
+    """
+
+    runtime: str = "eager"
+    batch_size: int = 1
+    device: str = "auto"
+    threads: int | None = None
+    stat: str = "p50"
+    ms: float | None = None
+    ms_share: float | None = None
+    gmacs: float | None = None
+    divergence_high: float | None = None
+    described: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, made: Mapping[str, Any]) -> Promise:
+        """Read it from a manifest.
+
+        Raises:
+            BundleError: for a value that no export writes.
+        """
+        parts = {name: made.get(name) or {} for name in ("serving", "limits", "exported", "device")}
+        bad = next((name for name, part in parts.items() if not isinstance(part, dict)), None)
+        if bad is not None:
+            raise BundleError(f"{MANIFEST}: made.{bad} must be an object")
+        limits, described = parts["limits"], parts["device"].get("described") or {}
+        served = {**parts["serving"], "threads": made.get("threads"), "stat": made.get("stat")}
+        known = {name: value for name, value in served.items() if value is not None}
+        numbers = {name: limits.get(name) for name in ("ms", "ms_share", "gmacs")}
+        numbers["divergence_high"] = parts["exported"].get("divergence_high")
+        try:
+            asked = TuneConfig(budget_gflops="100%", **_named(known))  # checks what it is given
+        except (DsmTuneError, TypeError) as error:
+            raise BundleError(f"{MANIFEST}: made: {error}") from None
+        for name, value in numbers.items():
+            if value is not None and not isinstance(value, (int, float)):
+                raise BundleError(f"{MANIFEST}: {name} must be a number, but got {shown(value)}")
+        if not isinstance(described, dict):
+            raise BundleError(f"{MANIFEST}: made.device.described must be an object")
+        return cls(
+            asked.runtime,
+            asked.batch_size,
+            asked.device,
+            asked.threads,
+            asked.latency_stat,
+            **numbers,
+            described=described,
+        )
+
+
+def _named(served: Mapping[str, Any]) -> dict[str, Any]:
+    return {"latency_stat" if name == "stat" else name: value for name, value in served.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +130,7 @@ def verify(
     folder: str,
     *,
     images: str | None = None,
+    device: str | None = None,
     threads: int | None = None,
     seconds: float = SECONDS,
     say: Callable[[str], None] = lambda text: None,
@@ -75,6 +140,7 @@ def verify(
     Args:
         folder: of the bundle.
         images: folder to measure its quality on; the demo brings its own.
+        device: to time on; where it was tuned for, if not given.
         threads: of timed forwards; as it was exported with, or all cores.
         seconds: for timing.
         say: is told what happens.
@@ -84,10 +150,13 @@ def verify(
         ImagesError: if the images cannot be used.
     """
     path = Path(folder)
+    if device is not None:
+        device = TuneConfig(budget_gflops="100%", device=device).device  # checks it
     if not (path / MANIFEST).is_file():
         raise ConfigError(f"a bundle must be a folder with {MANIFEST}, but got {folder!r:.200}")
     try:
         found = open_bundle(path)
+        promise = Promise.of(found.manifest.made)
     except BundleError as error:
         return Verdict((Finding("files", "failed", str(error)),))
     count = len(found.manifest.files)
@@ -95,12 +164,16 @@ def verify(
     say("comparing outputs")
     findings += _outputs(found, path)
     say("timing the merged model beside the dense one")
-    device, timed = _latency(found, threads, seconds)
-    findings += _device(found, device)
-    findings += _budget(found, timed)
+    where = present(device_of(device or promise.device))
+    if promise.runtime == "cudagraphs" and not where.startswith("cuda"):
+        findings.append(Finding("runtime", "warning", f"{where} has no CUDA graphs: eager"))
+        promise = dataclasses.replace(promise, runtime="eager")
     quality = _quality(found, images)
+    described, timed = _latency(found, promise, where, threads, seconds)
+    findings.append(_device(promise, described))
+    findings += _budget(found, promise, timed)
     if quality is not None:
-        findings.append(_judge(found, quality))
+        findings.append(_judge(promise, quality))
     return Verdict(tuple(findings), timed.latency_ms, quality)
 
 
@@ -120,59 +193,49 @@ def _outputs(found: Bundle, folder: Path) -> Iterator[Finding]:
 
 
 def _latency(
-    found: Bundle, threads: int | None, seconds: float
+    found: Bundle, promise: Promise, device: str, threads: int | None, seconds: float
 ) -> tuple[dict[str, object], Confirmed]:
-    made = found.manifest.made
-    serving = made.get("serving") or {}
-    batch = int(serving.get("batch_size", 1))
-    pixels = found.pixels.float()[torch.arange(batch) % len(found.pixels)]
+    pixels = found.pixels.float()[torch.arange(promise.batch_size) % len(found.pixels)]
     target = Target(
         found.dense,
         pixels,
-        "cpu",
+        device,
         found.manifest.dtype,
-        threads or made.get("threads") or os.cpu_count() or 1,
-        str(serving.get("runtime", "eager")),
+        threads or promise.threads or os.cpu_count() or 1,
+        promise.runtime,
     )
     plans = [MergePlan("", found.plan.geometry), found.plan]
-    device, timed = confirm_latency(
-        target, plans, stat=str(made.get("stat", "p50")), seconds=seconds
-    )
-    return device, timed[1]
+    described, timed = confirm_latency(target, plans, stat=promise.stat, seconds=seconds)
+    return described, timed[1]
 
 
-def _device(found: Bundle, here: Mapping[str, object]) -> Iterator[Finding]:
-    known = (found.manifest.made.get("device") or {}).get("described") or {}
+def _device(promise: Promise, here: Mapping[str, object]) -> Finding:
     differs = [
         f"{key} {there!s} there, {here.get(key)!s} here"
-        for key, there in known.items()
+        for key, there in promise.described.items()
         if there != here.get(key)
     ]
     if differs:
         detail = f"another device than it was tuned on ({'; '.join(differs)}): measured anew"
-        yield Finding("device", "warning", detail)
-    else:
-        yield Finding("device", "ok", f"{here.get('name')}")
+        return Finding("device", "warning", detail)
+    return Finding("device", "ok", f"{here.get('name')}")
 
 
-def _budget(found: Bundle, timed: Confirmed) -> Iterator[Finding]:
-    made = found.manifest.made
-    limits, stat = made.get("limits") or {}, str(made.get("stat", "p50"))
-    took, ratio = timed.latency_ms, timed.latency_ms.ratio_to_dense
-    value = getattr(took, stat)
-    told = f"{stat} {value:.3g} ms [{took.low:.3g}, {took.high:.3g}], {ratio:.2f} x dense"
-    share, ms, gmacs = (limits.get(name) for name in ("ms_share", "ms", "gmacs"))
-    within = "ok"
-    if share is not None:
-        within = "ok" if timed.ratio_high <= share else "failed"
-        told += f"; the budget is {share:.0%} of dense"
-    elif ms is not None:
-        within = "ok" if took.high is not None and took.high <= ms else "failed"
-        told += f"; the budget is {ms:.3g} ms"
-    yield Finding("latency", within, told)
-    if gmacs is not None:
-        fits = found.plan.gmacs <= gmacs
-        told = f"{found.plan.gmacs:.3g} per image; the budget is {gmacs:.3g}"
+def _budget(found: Bundle, promise: Promise, timed: Confirmed) -> Iterator[Finding]:
+    took, within = timed.latency_ms, True
+    value = getattr(took, promise.stat)
+    told = f"{promise.stat} {value:.3g} ms [{took.low:.3g}, {took.high:.3g}]"
+    told += f", {took.ratio_to_dense:.2f} x dense"
+    if promise.ms_share is not None:
+        within = timed.ratio_high <= promise.ms_share
+        told += f"; the budget is {promise.ms_share:.0%} of dense"
+    elif promise.ms is not None:
+        within = took.high is not None and took.high <= promise.ms
+        told += f"; the budget is {promise.ms:.3g} ms"
+    yield Finding("latency", "ok" if within else "failed", told)
+    if promise.gmacs is not None:
+        fits = found.plan.gmacs <= promise.gmacs
+        told = f"{found.plan.gmacs:.3g} per image; the budget is {promise.gmacs:.3g}"
         yield Finding("GMACs", "ok" if fits else "failed", told)
 
 
@@ -197,17 +260,15 @@ def _quality(found: Bundle, images: str | None) -> dict[str, float] | None:
     }
 
 
-def _judge(found: Bundle, quality: Mapping[str, float]) -> Finding:
+def _judge(promise: Promise, quality: Mapping[str, float]) -> Finding:
     """Fail where the divergence is surely above what the export promised."""
-    promised = found.manifest.made.get("exported") or {}
-    high = promised.get("divergence_high")
     told = (
         f"divergence {quality['divergence']:.4f} [{quality['divergence_low']:.4f}, "
         f"{quality['divergence_high']:.4f}] nats, agreement {quality['agreement']:.1%} "
         f"on {quality['images']:.0f} images"
     )
-    if high is None:
+    if promise.divergence_high is None:
         return Finding("quality", "ok", f"{told}; nothing was promised")
-    worse = quality["divergence_low"] > high
-    told += f"; promised were {promised['divergence']:.4f}"
+    worse = quality["divergence_low"] > promise.divergence_high
+    told += f"; up to {promise.divergence_high:.4f} was promised"
     return Finding("quality", "failed" if worse else "ok", told)

@@ -166,13 +166,14 @@ MODEL = (
 )
 IMAGES = (option("--images", metavar="DIR", help="Calibration images, searched recursively."),)
 DTYPE = option("--dtype", metavar="float32|float16|bfloat16", help="[float32]")
+DEVICE_NAME = option("--device", metavar="auto|cpu|cuda|cuda:N", help="[auto]")
 THREADS = option(
     "--threads", type=Whole(), metavar="N", help="Of timed forwards on a CPU. [all cores]"
 )
 DEVICE = (
     option("--batch-size", type=Whole(), metavar="N", help="Images per timed forward. [1]"),
     DTYPE,
-    option("--device", metavar="auto|cpu|cuda|cuda:N", help="[auto]"),
+    DEVICE_NAME,
     THREADS,
     option("--runtime", metavar="eager|onnx|cudagraphs", help="That serves the model. [eager]"),
 )

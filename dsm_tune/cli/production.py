@@ -88,10 +88,10 @@ def export(study_or_run: str | None, kind: str, output: str, **values: Any) -> i
 @click.argument("folder", type=options.Text())
 @with_options(
     options.IMAGES,
-    (options.THREADS,),
+    (options.DEVICE_NAME, options.THREADS),
     options.OUTPUT,
 )
-def verify(folder: str, images: str | None, threads: int | None, **values: Any) -> int:
+def verify(folder: str, images: str | None, device: str | None, **values: Any) -> int:
     """Check an exported bundle on this machine.
 
     Every file, the stored outputs, latency and budget, and with --images the quality. The exit
@@ -100,7 +100,9 @@ def verify(folder: str, images: str | None, threads: int | None, **values: Any) 
     with listening(values) as terminal:
         from dsm_tune.verification import verify as check
 
-        verdict = check(folder, images=images, threads=threads, say=terminal.say)
+        verdict = check(
+            folder, images=images, device=device, threads=values["threads"], say=terminal.say
+        )
     from dsm_tune.cli.terminal import emit, to_json
 
     if values["as_json"]:

@@ -51,6 +51,7 @@ FORBIDDEN = (
 )
 WEIGHTS, PLAN, PROBES = "model.safetensors", "plan.json", "probes.safetensors"
 PREPROCESSING = "preprocess.json"
+TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +114,19 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
         if read_geometry(dense) != plan.geometry:
             raise BundleError(f"{path / PLAN}: the plan is for another model than {MANIFEST} names")
         preprocessing = json.loads(content[PREPROCESSING])
+        _remember(dense, preprocessing)
         return Bundle(manifest, plan, dense, preprocessing, probes["pixels"], probes["outputs"])
     except BundleError:
         raise
-    except (DsmTuneError, ValueError, KeyError, RecursionError) as error:
+    except (DsmTuneError, ValueError, KeyError, TypeError, RecursionError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise BundleError(f"{path}: the bundle cannot be used: {line}") from None
+
+
+def _remember(model: Any, preprocessing: Mapping[str, Any]) -> None:
+    """Give a model the transform of the exported one: by its weights, a name has several."""
+    numbers = {name: preprocessing[name] for name in TRANSFORM}
+    model.pretrained_cfg = {**(model.pretrained_cfg or {}), **numbers}
 
 
 def _tensors(content: bytes, where: Path) -> dict[str, Tensor]:
@@ -186,8 +194,7 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any]:
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if size is not None:
         config["input_size"] = (config["input_size"][0], *size)
-    names = "input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"
-    return {name: config[name] for name in names}
+    return {name: config[name] for name in TRANSFORM}
 
 
 def write(

@@ -31,6 +31,8 @@ def check_target(folder: Path, mark: str) -> None:
         raise ConfigError(f"--output must be in a folder that exists, but {folder.parent} does not")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"--output must be a folder, but {folder} is something else")
+    if folder.is_dir() and (Path.cwd() == folder or folder in Path.cwd().parents):
+        raise ConfigError(f"--output must not be the current folder or above it, but is {folder}")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
         raise ConfigError(
             f"--output must be new, empty or an earlier export (with {mark}), "

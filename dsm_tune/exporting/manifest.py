@@ -58,10 +58,12 @@ class Manifest:
         Raises:
             BundleError: if there is none, or it is damaged or of another format.
         """
-        content = _regular(folder, MANIFEST).read_bytes()[: LARGEST_MANIFEST + 1]
+        with _regular(folder, MANIFEST).open("rb") as file:
+            content = file.read(LARGEST_MANIFEST + 1)
         where = f"{folder / MANIFEST}"
         try:
-            body = json.loads(content) if len(content) <= LARGEST_MANIFEST else None
+            body = json.loads(content, parse_constant=_no_number)
+            body = body if len(content) <= LARGEST_MANIFEST else None
         except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
@@ -78,7 +80,11 @@ class Manifest:
         problem = found._problem()
         if problem:
             raise BundleError(f"{where}: {problem}")
-        if found.to_json().encode() != content:
+        try:
+            is_same = found.to_json().encode() == content
+        except (ValueError, RecursionError):  # a number beyond all numbers
+            is_same = False
+        if not is_same:
             raise BundleError(f"{where}: the manifest has been changed since it was written")
         return found
 
@@ -146,6 +152,10 @@ def _regular(folder: Path, name: str) -> Path:
     if not stat.S_ISREG(mode):
         raise BundleError(f"{path}: it must be a regular file, not a link or anything else")
     return path
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number in JSON")
 
 
 def _canonical(body: Mapping[str, Any]) -> str:

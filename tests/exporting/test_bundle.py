@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -21,10 +22,10 @@ import dsm_tune
 from dsm_tune import production
 from dsm_tune.demo import create_model, load_split
 from dsm_tune.errors import BundleError, ConfigError, ModelError
-from dsm_tune.exporting.bundle import architecture_of, open_bundle
+from dsm_tune.exporting.bundle import architecture_of, open_bundle, preprocessing_of
 from dsm_tune.exporting.manifest import FORMAT, MANIFEST, Manifest, digest_of
 from dsm_tune.merging.merged import merged
-from dsm_tune.verification import verify
+from dsm_tune.verification import Promise, verify
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -295,6 +296,69 @@ def test_verify_fails_where_outputs_or_quality_are_not_those_promised(
         if finding.status == "failed"
     }
     assert failed == {"outputs", "onnx outputs", "pt2 outputs", "quality"}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+KNOWN = ("runtime", "batch_size", "device", "ms", "ms_share", "gmacs", "divergence_high")
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            **{
+                name: JSON | st.dictionaries(st.sampled_from((*KNOWN, "described")), JSON)
+                for name in ("serving", "limits", "exported", "device")
+            },
+            "threads": JSON,
+            "stat": JSON,
+        },
+    )
+)
+def test_any_promise_is_read_or_refused_in_one_line(made: dict[str, Any]) -> None:
+    try:
+        promise = Promise.of(made)
+    except BundleError as error:
+        assert "\n" not in str(error)
+    else:
+        assert promise.batch_size >= 1
+        assert promise.stat in ("p50", "p90", "p99")
+
+
+@pytest.mark.parametrize("number", ["1e999", "NaN", "-Infinity"])
+def test_a_number_that_json_does_not_have_is_refused(
+    exported: Path, tmp_path: Path, number: str
+) -> None:
+    folder = copied(exported, tmp_path)
+    text = (folder / MANIFEST).read_text().replace('"tolerance": 0.0001', f'"tolerance": {number}')
+    (folder / MANIFEST).write_text(text)
+    with pytest.raises(BundleError):
+        open_bundle(folder)
+
+
+def test_the_current_folder_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    below = tmp_path / "out" / "below"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    for output in (".", str(tmp_path / "out")):
+        with pytest.raises(ConfigError, match="current folder"):
+            production.export(demo_source(), "bundle", output)
+
+
+def test_a_bundle_keeps_the_transform_of_what_was_exported(tmp_path: Path) -> None:
+    model = create_model()
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "crop_pct": 0.5}
+    source = dataclasses.replace(demo_source(), model=model)
+    production.export(source, "bundle", str(tmp_path / "out"))
+    kept = preprocessing_of(open_bundle(tmp_path / "out").dense)
+    assert tuple(kept["mean"]) == (0.1, 0.2, 0.3)
+    assert kept["crop_pct"] == 0.5
 
 
 KILLED = """

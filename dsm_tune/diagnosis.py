@@ -9,18 +9,17 @@ import re
 import socket
 import sys
 import tempfile
-import tomllib
 import urllib.request
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from dsm_tune.errors import DsmTuneError
+from dsm_tune.errors import DsmTuneError, first_line
+from dsm_tune.versions import project, version
 
-__all__ = ["Check", "check_cluster", "check_database", "diagnose", "version", "versions"]
+__all__ = ["Check", "check_cluster", "check_database", "diagnose"]
 
 SECONDS = 5.0  # to wait for something on the network
-LIBRARIES = ("torch", "timm", "optuna", "ray", "mlflow", "numpy", "onnxruntime")
 LEAST_SHM = 256 << 20  # bytes of shared memory that Ray wants for its objects
 
 
@@ -37,25 +36,6 @@ class Check:
     name: str
     status: str
     detail: str
-
-
-def version() -> str:
-    """The version of dsm-tune."""
-    try:
-        return metadata.version("dsm-tune")
-    except metadata.PackageNotFoundError:
-        return str(_project().get("version", "unknown"))
-
-
-def versions() -> dict[str, str]:
-    """What decides figures beside the configuration: versions by name."""
-    found = {"dsm-tune": version(), "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def diagnose(
@@ -77,21 +57,11 @@ def diagnose(
 # -- libraries ------------------------------------------------------------------------------------
 
 
-def _project() -> dict[str, object]:
-    """``[project]`` of a checkout that is used without being installed."""
-    file = Path(__file__).resolve().parents[1] / "pyproject.toml"
-    try:
-        project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
-    except (OSError, ValueError):
-        return {}
-    return project if isinstance(project, dict) else {}
-
-
 def _requirements() -> list[str]:
     try:
         found = metadata.requires("dsm-tune") or []
     except metadata.PackageNotFoundError:
-        listed = _project().get("dependencies", [])
+        listed = project().get("dependencies", [])
         found = [str(one) for one in listed] if isinstance(listed, list) else []
     return [line for line in found if "extra ==" not in line]
 
@@ -127,7 +97,7 @@ def _devices() -> Iterator[Check]:
     try:
         import torch
     except Exception as error:  # a broken installation raises anything
-        yield Check("devices", "failed", f"torch cannot be imported: {_line(error)}")
+        yield Check("devices", "failed", f"torch cannot be imported: {first_line(error)}")
         return
     if not torch.cuda.is_available():
         yield Check("CUDA", "ok", "none; a tune runs on the CPU")
@@ -139,7 +109,7 @@ def _devices() -> Iterator[Check]:
             room = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
             yield Check(f"cuda:{index}", "ok", room)
         except RuntimeError as error:
-            yield Check(f"cuda:{index}", "failed", _line(error))
+            yield Check(f"cuda:{index}", "failed", first_line(error))
 
 
 def _shared_memory() -> Check:
@@ -176,7 +146,9 @@ def _mlflow_store(uri: str | None) -> Check:
         with urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=SECONDS):
             return Check("MLflow store", "ok", redact(address))
     except (OSError, ValueError) as error:
-        return Check("MLflow store", "failed", f"{redact(address)} does not answer: {_line(error)}")
+        return Check(
+            "MLflow store", "failed", f"{redact(address)} does not answer: {first_line(error)}"
+        )
 
 
 def check_database(name: str, url: str) -> Check:
@@ -196,7 +168,7 @@ def check_database(name: str, url: str) -> Check:
             engine.dispose()
     except Exception as error:  # each driver has its own
         return Check(
-            name, "failed", f"{redact(url)} must be reachable, but: {redact(_line(error))}"
+            name, "failed", f"{redact(url)} must be reachable, but: {redact(first_line(error))}"
         )
     return Check(name, "ok", redact(url))
 
@@ -219,7 +191,7 @@ def _sqlite(name: str, file: Path, url: str) -> Check:
         finally:
             connection.close()
     except sqlite3.Error as error:
-        return Check(name, "failed", f"{url} must be an SQLite database, but: {_line(error)}")
+        return Check(name, "failed", f"{url} must be an SQLite database, but: {first_line(error)}")
     if not os.access(file, os.W_OK):
         return Check(name, "failed", f"{url} must be writable")
     return Check(name, "ok", url)
@@ -236,9 +208,5 @@ def check_cluster(address: str | None) -> Check:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS).close()
     except (OSError, OverflowError) as error:
-        return Check("Ray", "failed", f"{address} does not answer: {_line(error)}")
+        return Check("Ray", "failed", f"{address} does not answer: {first_line(error)}")
     return Check("Ray", "ok", f"{address} answers")
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -30,6 +30,7 @@ __all__ = [
     "ProfileError",
     "SpaceError",
     "StudyError",
+    "first_line",
     "nearest",
     "shown",
 ]
@@ -73,6 +74,11 @@ class ConfigError(DsmTuneError, ValueError):
 
 class StudyError(DsmTuneError, ValueError):
     """A study or its storage cannot be used."""
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """Return what a foreign exception says, as part of a line of ours: its first line, cut."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
 def nearest(word: str, accepted: Iterable[str], count: int = 3) -> str:

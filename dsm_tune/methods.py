@@ -12,10 +12,19 @@ from dsm_tune.errors import ConfigError, PlanError, StudyError
 from dsm_tune.plan import Geometry, MergePlan
 from dsm_tune.searching.study import Study, study_names
 
-__all__ = ["Settings", "default_r", "plan_of_run", "published", "read_plan", "read_rates"]
+__all__ = [
+    "Settings",
+    "default_r",
+    "plan_of_run",
+    "published",
+    "read_plan",
+    "read_rates",
+    "trials_of_run",
+]
 
 METHODS = ("tome", "dsm")
 MOST_RATES = 100
+LEAST_DIGITS = 8  # of a run id that stands for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +125,7 @@ def plan_of_run(run: str, storage: str, geometry: Geometry) -> MergePlan:
         StudyError: if no trial has that run, or several.
         PlanError: if the plan is for another geometry.
     """
-    found: list[tuple[Study, int]] = []
-    for name in study_names(storage) if len(run) >= 8 else ():
-        try:
-            study = load_study(storage, name)
-        except StudyError:  # of another program in the same database
-            continue
-        ids = study.facts.get("run_ids", {})
-        found += [(study, int(n)) for n, one in ids.items() if one.startswith(run)]
+    found = trials_of_run(run, storage)
     if len(found) != 1:
         what = "none" if not found else "several"
         raise StudyError(
@@ -133,6 +135,24 @@ def plan_of_run(run: str, storage: str, geometry: Geometry) -> MergePlan:
     study, number = found[0]
     plan = next(record.plan for record in study.records() if record.number == number)
     return _fitting(plan, geometry, f"run {run}")
+
+
+def trials_of_run(run: str, storage: str) -> list[tuple[Study, int]]:
+    """Find trials by their MLflow run: the studies and numbers of those whose id begins so.
+
+    Args:
+        run: its id, or eight or more of the first digits.
+        storage: database URL of the studies.
+    """
+    found: list[tuple[Study, int]] = []
+    for name in study_names(storage) if len(run) >= LEAST_DIGITS else ():
+        try:
+            study = load_study(storage, name)
+        except StudyError:  # of another program in the same database
+            continue
+        ids = study.facts.get("run_ids", {})
+        found += [(study, int(n)) for n, one in ids.items() if one.startswith(run)]
+    return found
 
 
 def _fitting(plan: MergePlan, geometry: Geometry, where: str) -> MergePlan:

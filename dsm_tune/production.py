@@ -1,21 +1,19 @@
-"""From a study's choice to production: which model and plan, written, proven, put in place."""
+"""From a study's choice to production: written, proven, put in place."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsm_tune import demo
-from dsm_tune.answer import Answer, load_study
-from dsm_tune.config import TuneConfig, absolute_storage
-from dsm_tune.errors import BundleError, ModelError, PlanError, StudyError
+from dsm_tune.errors import BundleError, ModelError
 from dsm_tune.exporting import bundle, formats, mlflow_model, proof
 from dsm_tune.exporting.card import card_of
 from dsm_tune.exporting.folders import check_target, written_whole
@@ -23,38 +21,15 @@ from dsm_tune.exporting.manifest import MANIFEST, Manifest, read_files
 from dsm_tune.exporting.proof import Proof
 from dsm_tune.inputs import load_model
 from dsm_tune.measuring.images import load_folder
-from dsm_tune.merging.backbone import read_geometry
-from dsm_tune.merging.loading import weights_digest
+from dsm_tune.merging.backbone import image_size
 from dsm_tune.merging.merged import merged_view
-from dsm_tune.plan import MergePlan
-from dsm_tune.results import Result
 from dsm_tune.reviewing.stores import resolve_tracking_uri
-from dsm_tune.searching.study import study_names
+from dsm_tune.sources import Source
 
-__all__ = ["Exported", "Source", "export", "of_plan", "of_study"]
+__all__ = ["Exported", "export"]
 
-KINDS = ("bundle", "onnx", "pt2", "mlflow")
 PROBES = 4  # images that are stored
 CHECKED = 32  # images that are compared
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What is to be exported.
-
-    Attributes:
-        config: makes the model; names the images.
-        model: dense, in its dtype, on the CPU, in evaluation mode.
-        plan: made for its geometry.
-        made: where it is from and what was measured, for the manifest.
-        tracking_uri: where its runs are, if it is of a study.
-    """
-
-    config: TuneConfig
-    model: nn.Module
-    plan: MergePlan
-    made: Mapping[str, Any]
-    tracking_uri: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,115 +54,6 @@ class Exported:
     def to_dict(self) -> dict[str, Any]:
         """Return the ``--json`` document."""
         return dataclasses.asdict(self)
-
-
-# -- what -----------------------------------------------------------------------------------------
-
-
-def of_study(study_or_run: str, storage: str | None) -> Source:
-    """The choice of a study, or the plan of one of its MLflow runs.
-
-    Args:
-        study_or_run: name of a study, or id of a trial's run.
-        storage: database URL; as for :func:`dsm_tune.tune`.
-
-    Raises:
-        StudyError: if there is neither, nothing was chosen, or the weights are others now.
-    """
-    url = absolute_storage(storage, Path.cwd())
-    names = study_names(url)
-    if study_or_run not in names and re.fullmatch(r"[0-9a-f]{32}", study_or_run):
-        for name in names:
-            found = load_study(url, name)
-            if study_or_run in found.facts.get("run_ids", {}).values():
-                answer = Answer.of(found)
-                return _tuned(answer, _of_run(answer, study_or_run))
-    answer = Answer.of(load_study(url, study_or_run))
-    if answer.facts.get("limits") is None:
-        raise StudyError(f"the study {study_or_run!r} has not begun its search yet")
-    chosen = answer.choose(answer.front())
-    if chosen is None:
-        raise StudyError(
-            f"the study {study_or_run!r} must have a plan within its budget to be exported, "
-            f"but has none; `dsm-tune show {study_or_run}` says what is reachable"
-        )
-    return _tuned(answer, chosen)
-
-
-def _of_run(answer: Answer, run_id: str) -> Result:
-    for record in answer.records:
-        if answer.run_ids.get(record.number) == run_id and record.state == "complete":
-            return answer.result_of(record)
-    raise StudyError(f"the run {run_id} must be of a complete trial, but it is not")
-
-
-def _tuned(answer: Answer, chosen: Result) -> Source:
-    facts, stored = answer.facts, dict(answer.facts["config"])
-    if not stored.pop("by_name", True):
-        raise StudyError(
-            f"the study {answer.name!r} was made for a module in Python, which only its program "
-            "can make; dsm_tune.merged(module, plan) runs its plan"
-        )
-    config = TuneConfig.from_dict(stored)
-    model = load_model(config)
-    known = facts.get("weights_digest")
-    if known is not None and known != weights_digest(model):
-        raise StudyError(
-            f"the weights must be those that the study {answer.name!r} was made with, "
-            f"but {config.checkpoint or config.model_name} has others now"
-        )
-    profile, result = answer.profile, answer.result()
-    described = {} if profile is None else dict(profile.device)
-    made = {
-        "study": answer.name,
-        "run_id": chosen.run_id,
-        "command": config.command,
-        "device": {**facts["device"], "described": described},
-        **_serving(config),
-        "limits": facts["limits"],
-        "images": facts["images"],
-        "dense": _figures(result.dense),
-        "exported": _figures(chosen),
-    }
-    return Source(config, _typed(model, config.dtype), chosen.plan, made, facts.get("tracking_uri"))
-
-
-def _serving(config: TuneConfig) -> dict[str, Any]:
-    """How it is to be timed where it is verified."""
-    served = {"runtime": config.runtime, "batch_size": config.batch_size, "device": config.device}
-    return {"serving": served, "threads": config.threads, "stat": config.latency_stat}
-
-
-def _figures(result: Result) -> dict[str, Any]:
-    return {name: value for name, value in result.to_dict().items() if name != "plan"}
-
-
-def of_plan(file: str, config: TuneConfig) -> Source:
-    """A plan in a file, for the model of a configuration.
-
-    Raises:
-        PlanError: if the file is no plan, or made for another model.
-        ModelError: if the model cannot be made.
-    """
-    try:
-        plan = MergePlan.from_json(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise PlanError(f"--plan must be a readable file, but {file}: {reason}") from None
-    except PlanError as error:
-        raise PlanError(f"{file}: {error}") from None
-    model = load_model(config)
-    geometry = read_geometry(model)
-    if geometry != plan.geometry:
-        raise PlanError(f"{file}: the plan is for {plan.geometry}, but the model has {geometry}")
-    return Source(config, _typed(model, config.dtype), plan, _serving(config))
-
-
-def _typed(model: nn.Module, dtype: str) -> nn.Module:
-    return model.to(getattr(torch, dtype))
-
-
-# -- how ------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -229,24 +95,32 @@ def export(
     expected = forward(pixels)
     checked = _Checked(pixels, expected, tolerance, {})
     checked.add("eager, other batch sizes", forward)
-    with written_whole(folder) as fresh:
-        if kind == "mlflow":
+    with tempfile.TemporaryDirectory() as aside:
+        onnx_file = Path(aside) / formats.FILES["onnx"]
+        if kind == "mlflow" or register is not None:
             say("writing an MLflow model")
-            mlflow_model.save(source.model, source.plan, fresh, pixels[:2])
-            checked.add("onnx", formats.opened("onnx", fresh / formats.FILES["onnx"], 1))
-        else:
-            _fill(source, fresh, _extras(source, kind, folder), stored, checked, say)
-    version = None
-    if register is not None:
-        say(f"registering {register}")
-        version = mlflow_model.register(
-            source.model,
-            source.plan,
-            pixels[:2],
-            name=register,
-            tracking_uri=resolve_tracking_uri(tracking_uri or source.tracking_uri, Path.cwd()),
-            run_id=source.made.get("run_id"),
-        )
+            formats.write_format("onnx", source.model, source.plan, onnx_file.parent)
+            checked.add("onnx", formats.opened("onnx", onnx_file, 1))
+        with written_whole(folder) as fresh:
+            if kind == "mlflow":
+                mlflow_model.save(onnx_file, source.plan, fresh, pixels[:2])
+                checked.add("onnx", formats.opened("onnx", fresh / onnx_file.name, 1))
+            else:
+                extras = _extras(source, kind, folder)
+                if "onnx" in extras and onnx_file.is_file():
+                    extras["onnx"] = onnx_file
+                _fill(source, fresh, extras, stored, checked, say)
+        version = None
+        if register is not None:
+            say(f"registering {register}")
+            version = mlflow_model.register(
+                onnx_file,
+                source.plan,
+                pixels[:2],
+                name=register,
+                tracking_uri=resolve_tracking_uri(tracking_uri or source.tracking_uri, Path.cwd()),
+                run_id=source.made.get("run_id"),
+            )
     return Exported(str(folder), kind, source.plan.gmacs, checked.proofs, register, version)
 
 
@@ -343,9 +217,7 @@ def _probe_images(source: Source, folder: str | None) -> Tensor:
     dtype = next(source.model.parameters()).dtype
     if folder is not None:
         return _from_folder(source, folder, PROBES).to(dtype)
-    geometry = source.plan.geometry
-    rows, columns = (side * geometry.patch for side in geometry.grid)
-    return proof.synthetic_images(PROBES, (rows, columns)).to(dtype)
+    return proof.synthetic_images(PROBES, image_size(source.model)).to(dtype)
 
 
 def _known_images(source: Source) -> Tensor:
@@ -354,7 +226,7 @@ def _known_images(source: Source) -> Tensor:
     if config.model == demo.MODEL_NAME:
         return demo.load_split("holdout")[0][:CHECKED].to(dtype)
     if config.images is None or not source.made.get("study") or not Path(config.images).is_dir():
-        return torch.empty(0, *_probe_images(source, None).shape[1:], dtype=dtype)
+        return torch.empty(0, 3, *image_size(source.model), dtype=dtype)
     return _from_folder(source, config.images, CHECKED).to(dtype)
 
 

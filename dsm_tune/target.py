@@ -20,7 +20,7 @@ from dsm_tune.measuring.confirm import (
     profile_target,
 )
 from dsm_tune.measuring.profiling import describe_device
-from dsm_tune.merging.backbone import read_geometry
+from dsm_tune.merging.backbone import image_size, read_geometry
 from dsm_tune.plan import FEATURES, Geometry, Matching, MergePlan
 from dsm_tune.profile import DeviceProfile, fingerprint_of
 from dsm_tune.results import LatencyMs
@@ -130,9 +130,8 @@ def measure_device(config: TuneConfig, say: Callable[[str], None]) -> DeviceProf
     _check_runtime(config, device)
     model = load_model(config)
     geometry = read_geometry(model)
-    size = [patch * geometry.patch for patch in geometry.grid]
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(config.batch_size, 3, *size, generator=generator)
+    pixels = torch.randn(config.batch_size, 3, *image_size(model), generator=generator)
     threads = config.threads or os.cpu_count() or 1
     target = Target(model, pixels, device, config.dtype, threads, config.runtime)
     say(f"timing the parts of {config.model_name} on {device} at batch size {config.batch_size}")

@@ -16,7 +16,7 @@ import torch
 
 from dsm_tune.answer import Answer, load_study, parse_budget, profile_of, show
 from dsm_tune.config import TuneConfig, absolute_storage
-from dsm_tune.diagnosis import check_cluster, check_database, versions
+from dsm_tune.diagnosis import check_cluster, check_database
 from dsm_tune.errors import ConfigError, StudyError
 from dsm_tune.inputs import (
     Inputs,
@@ -46,6 +46,7 @@ from dsm_tune.searching.space import load_space
 from dsm_tune.searching.study import Study, study_names
 from dsm_tune.survey import MOST_CONFIRMED, Survey, make_planner, survey
 from dsm_tune.target import TargetDevice, predict_latency
+from dsm_tune.versions import versions
 
 __all__ = ["Listener", "dry_run", "resume", "show", "tune"]
 

@@ -112,7 +112,7 @@ class Model:
         """Read JSON pixels: [3, H, W]."""
         try:
             pixels = np.asarray(json.loads(content)["pixels"], np.float32)
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             pixels = np.empty(0, np.float32)
         if pixels.shape != self.shape or not np.isfinite(pixels).all():
             wanted = "x".join(map(str, self.shape))

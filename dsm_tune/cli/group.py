@@ -41,7 +41,7 @@ class Verbs(click.Group):
 
 def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
-        from dsm_tune.diagnosis import version
+        from dsm_tune.versions import version
 
         click.echo(f"dsm-tune {version()}")
         ctx.exit()

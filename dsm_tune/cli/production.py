@@ -50,14 +50,14 @@ def export(study_or_run: str | None, kind: str, output: str, **values: Any) -> i
         name = f"--{given[0].replace('_', '-')}"
         raise ConfigError(f"{name} goes with --plan; a study knows its own")
     with listening(values) as terminal:
-        from dsm_tune import production
+        from dsm_tune import production, sources
 
         if study_or_run is not None:
-            source = production.of_study(study_or_run, values["storage"])
+            source = sources.of_study(study_or_run, values["storage"])
         else:
             known = {name: values[name] for name in (*PLANNED, "quiet", "verbose")}
             images = {} if known["model"] is None else {"images": str(Path.cwd())}
-            source = production.of_plan(plan, any_budget({**known, **images}))
+            source = sources.of_plan(plan, any_budget({**known, **images}))
         done = production.export(
             source,
             kind,

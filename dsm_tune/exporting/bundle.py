@@ -8,25 +8,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
-import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from dsm_tune import demo
-from dsm_tune.errors import BundleError, DsmTuneError, ModelError, shown
+from dsm_tune.errors import BundleError, DsmTuneError, ModelError, first_line, shown
 from dsm_tune.exporting.manifest import MANIFEST, Manifest, digest_of, read_files
-from dsm_tune.merging.backbone import read_geometry
+from dsm_tune.merging.backbone import image_size, read_geometry
 from dsm_tune.merging.loading import create_model
 from dsm_tune.merging.merged import merged_view
 from dsm_tune.plan import MergePlan
+from dsm_tune.versions import versions
 
 __all__ = [
     "PLAN",
@@ -119,8 +118,7 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
     except BundleError:
         raise
     except (DsmTuneError, ValueError, KeyError, TypeError, RecursionError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise BundleError(f"{path}: the bundle cannot be used: {line}") from None
+        raise BundleError(f"{path}: the bundle cannot be used: {first_line(error)}") from None
 
 
 def _remember(model: Any, preprocessing: Mapping[str, Any]) -> None:
@@ -133,7 +131,7 @@ def _tensors(content: bytes, where: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(content)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        line = str(error).splitlines()[0][:160]
+        line = first_line(error)
         raise BundleError(f"{where}: it must be a safetensors file: {line}") from None
 
 
@@ -191,9 +189,7 @@ def architecture_of(model: nn.Module, name: str, kwargs: Mapping[str, Any]) -> d
 def preprocessing_of(model: nn.Module) -> dict[str, Any]:
     """Numbers of the transform that a model wants (timm's, at the size of its ``patch_embed``)."""
     config = dict(resolve_model_data_config(model))
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is not None:
-        config["input_size"] = (config["input_size"][0], *size)
+    config["input_size"] = (3, *image_size(model))
     return {name: config[name] for name in TRANSFORM}
 
 
@@ -231,7 +227,7 @@ def write(
         (folder / name).write_bytes(data)
     files = {path.name: digest_of(path.read_bytes()) for path in folder.iterdir()}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    manifest = Manifest(architecture, dtype, tolerance, {**made, "versions": _versions()}, files)
+    manifest = Manifest(architecture, dtype, tolerance, {**made, "versions": versions()}, files)
     (folder / MANIFEST).write_text(manifest.to_json())
     return manifest
 
@@ -240,18 +236,3 @@ def weights_of(model: nn.Module) -> bytes:
     """The weights of a model as the content of a safetensors file."""
     state = model.state_dict()
     return safetensors.torch.save({k: v.detach().contiguous().clone() for k, v in state.items()})
-
-
-def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    try:
-        own = metadata.version("dsm-tune")
-    except metadata.PackageNotFoundError:
-        own = "unknown"
-    return {
-        "dsm_tune": own,
-        "python": platform.python_version(),
-        "timm": timm.__version__,
-        "torch": torch.__version__,
-    }

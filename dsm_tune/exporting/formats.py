@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dsm_tune.errors import BundleError, ModelError
+from dsm_tune.errors import BundleError, ModelError, first_line
 from dsm_tune.exporting.bundle import preprocessing_of
+from dsm_tune.merging.backbone import image_size
 from dsm_tune.merging.merged import merged_view
 from dsm_tune.plan import MergePlan
 from dsm_tune.runtimes.onnx.files import export_onnx, session
@@ -45,20 +46,18 @@ def write_format(kind: str, model: nn.Module, plan: MergePlan, folder: Path) -> 
         metadata = {PREPROCESSING_KEY: json.dumps(preprocessing_of(model))}
         export_onnx(model, plan, folder / FILES[kind], metadata=metadata)
     else:
-        _write_pt2(merged_view(model, plan), plan, folder / FILES[kind])
+        _write_pt2(merged_view(model, plan), image_size(model), folder / FILES[kind])
 
 
-def _write_pt2(model: nn.Module, plan: MergePlan, file: Path) -> None:
-    sides = [side * plan.geometry.patch for side in plan.geometry.grid]
-    example = torch.zeros(2, 3, *sides, dtype=next(model.parameters()).dtype)
+def _write_pt2(model: nn.Module, size: tuple[int, int], file: Path) -> None:
+    example = torch.zeros(2, 3, *size, dtype=next(model.parameters()).dtype)
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter's own ways
         try:
             program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
         except Exception as error:  # torch.export raises many kinds
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise ModelError(f"the model cannot become pt2: {line}") from None
+            raise ModelError(f"the model cannot become pt2: {first_line(error)}") from None
         for module in program.graph_module.modules():
             for node in getattr(getattr(module, "graph", None), "nodes", ()):
                 for name in VERBOSE:
@@ -84,8 +83,9 @@ def opened(kind: str, file: Path, threads: int) -> Forward:
             warnings.simplefilter("ignore")
             module = torch.export.load(file).module()
     except Exception as error:  # of torch, zipfile, json …
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise BundleError(f"{file}: it must be a pt2 file that this torch reads: {line}") from None
+        raise BundleError(
+            f"{file}: it must be a pt2 file that this torch reads: {first_line(error)}"
+        ) from None
 
     def forward(pixels: Tensor) -> Tensor:
         with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
-from dsm_tune.errors import ConfigError, DsmTuneError, StudyError
-from dsm_tune.exporting.formats import FILES, write_format
+from dsm_tune.errors import ConfigError, DsmTuneError, StudyError, first_line
 from dsm_tune.plan import MergePlan
 from dsm_tune.runtimes.onnx.files import need_packages
 
@@ -22,25 +20,24 @@ __all__ = ["CHAMPION", "PREVIOUS", "check_name", "register", "save"]
 CHAMPION, PREVIOUS = "champion", "previous"
 
 
-def save(model: nn.Module, plan: MergePlan, folder: Path, example: Tensor) -> None:
+def save(onnx_file: Path, plan: MergePlan, folder: Path, example: Tensor) -> None:
     """Write an MLflow model of the ONNX flavour: ``pixels`` in, ``logits`` out, any batch.
 
     Args:
-        model: dense, float32, in evaluation mode, on the CPU.
-        plan: made for its geometry.
+        onnx_file: the merged model, as :func:`dsm_tune.exporting.formats.write_format` has it.
+        plan: of it.
         folder: empty; it becomes the model.
         example: pixels [B >= 2, 3, H, W] that are stored as the input example.
 
     Raises:
         ConfigError: if a package is not installed.
-        ModelError: if the model cannot be exported.
     """
     with _mlflow() as mlflow:
-        mlflow.onnx.save_model(path=str(folder), **_contents(model, plan, example))
+        mlflow.onnx.save_model(path=str(folder), **_contents(onnx_file, plan, example))
 
 
 def register(
-    model: nn.Module,
+    onnx_file: Path,
     plan: MergePlan,
     example: Tensor,
     *,
@@ -53,7 +50,7 @@ def register(
     The version that was the champion keeps the alias ``previous``.
 
     Args:
-        model, plan, example: as for :func:`save`.
+        onnx_file, plan, example: as for :func:`save`.
         name: of the registered model; it is made if there is none.
         tracking_uri: of MLflow.
         run_id: run that the model belongs to, if there is one.
@@ -76,7 +73,7 @@ def register(
                 flavor=mlflow.onnx,
                 run_id=run_id,
                 registered_model_name=name,
-                **_contents(model, plan, example),
+                **_contents(onnx_file, plan, example),
             )
             version = str(logged.registered_model_version)
             former = dict(client.get_registered_model(name).aliases).get(CHAMPION)
@@ -86,8 +83,7 @@ def register(
         except DsmTuneError:
             raise
         except Exception as error:  # MLflow, its database and its server raise many kinds
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise StudyError(f"MLflow must take the model, but said: {line}") from None
+            raise StudyError(f"MLflow must take the model, but said: {first_line(error)}") from None
         finally:
             mlflow.set_tracking_uri(before)
     return version
@@ -99,24 +95,20 @@ def check_name(name: str) -> None:
         raise ConfigError(f"--register must be a name without / and :, but got {name!r:.60}")
 
 
-def _contents(model: nn.Module, plan: MergePlan, example: Tensor) -> Mapping[str, Any]:
+def _contents(onnx_file: Path, plan: MergePlan, example: Tensor) -> Mapping[str, Any]:
     """What both ways of storing take."""
     import onnx
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    with tempfile.TemporaryDirectory() as aside:
-        write_format("onnx", model, plan, Path(aside))
-        content = onnx.load(Path(aside) / FILES["onnx"])
-    sides = [side * plan.geometry.patch for side in plan.geometry.grid]
     kind = np.dtype(np.float32)
     classes = plan.geometry.classes or plan.geometry.width
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(kind, (-1, 3, *sides), "pixels")]),
+        inputs=Schema([TensorSpec(kind, (-1, *example.shape[1:]), "pixels")]),
         outputs=Schema([TensorSpec(kind, (-1, classes), "logits")]),
     )
     return {
-        "onnx_model": content,
+        "onnx_model": onnx.load(onnx_file),
         "signature": signature,
         "input_example": {"pixels": example.numpy()},
         "save_as_external_data": False,

@@ -28,6 +28,7 @@ __all__ = [
     "attend",
     "attend_prefix",
     "feed_forward",
+    "image_size",
     "pool_by_size",
     "read_geometry",
     "stem",
@@ -70,6 +71,13 @@ def read_geometry(model: nn.Module) -> Geometry:
         classes=parts.num_classes,
         head=_head(parts),
     )
+
+
+def image_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width in pixels of the images that a model with patches takes."""
+    parts: Any = model
+    height, width = parts.patch_embed.img_size
+    return int(height), int(width)
 
 
 def _patch_side(model: Any) -> int:

@@ -17,7 +17,7 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from dsm_tune.errors import ModelError, nearest
+from dsm_tune.errors import ModelError, first_line, nearest
 
 __all__ = ["create_model", "load_weights", "weights_digest"]
 
@@ -70,8 +70,9 @@ def _make(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
             warnings.simplefilter("ignore")  # timm's and hub's notices are not about this run
             model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:  # timm raises many kinds: TypeError, RuntimeError, hub and OS errors
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"the model {name} cannot be made with these options: {line}") from None
+        raise ModelError(
+            f"the model {name} cannot be made with these options: {first_line(error)}"
+        ) from None
     return model
 
 
@@ -99,8 +100,7 @@ def load_weights(file: str | Path) -> dict[str, Tensor]:
             "accepted are .safetensors and state dicts"
         ) from None
     except (safetensors.SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ModelError(f"{path}: cannot be read as a checkpoint: {line}") from None
+        raise ModelError(f"{path}: cannot be read as a checkpoint: {first_line(error)}") from None
     return _state_dict(loaded, path)
 
 

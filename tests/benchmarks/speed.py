@@ -119,7 +119,9 @@ def tuned(model: nn.Module, r: int, delay: int) -> MergePlan:
     return MergePlan("", geometry, steps, matching, last_block=end)
 
 
-def candidates(model: nn.Module, r: int, delay: int) -> dict[str, tuple[MergePlan, Forward]]:
+def candidates(
+    model: nn.Module, r: int, delay: int, files: list[str]
+) -> dict[str, tuple[MergePlan, Forward]]:
     """What is compared, by name; the floor of ``X`` is called ``X floor``."""
     geometry = read_geometry(model)
     found: dict[str, tuple[MergePlan, Forward]] = {"dense": (MergePlan("", geometry), model)}
@@ -128,6 +130,7 @@ def candidates(model: nn.Module, r: int, delay: int) -> dict[str, tuple[MergePla
         "DSM": schedules.dsm(geometry, r, delay=delay),
         "tuned": tuned(model, r, delay),
         "ToMe r=4": schedules.tome(geometry, 4),
+        **{Path(file).stem: MergePlan.from_json(Path(file).read_text()) for file in files},
     }
     found["ToMe, plain loop"] = (plans["ToMe"], plain_tome(model, r))
     for name, plan in plans.items():
@@ -180,8 +183,7 @@ class Graphs:
         from dsm_tune.runtimes.onnx.nodes import Builder
 
         g, geometry = Builder(), plan.geometry
-        sides = [side * geometry.patch for side in geometry.grid]
-        x = self.pieces.stem(g, g.input("pixels", "batch", 3, *sides))
+        x = self.pieces.stem(g, g.input("pixels", "batch", 3, *self.pieces.image_size))
         for index in range(geometry.depth):
             if plan.last_block == "prefix" and index == geometry.depth - 1:
                 x = self.pieces.prefix_block(g, index, x, None)
@@ -237,6 +239,7 @@ def main() -> int:
     options.add_argument("--batch-sizes", default="1,8,32")
     options.add_argument("--r", type=int, default=16)
     options.add_argument("--delay", type=int, default=1)
+    options.add_argument("--plan", action="append", default=[], help="a file; may be repeated")
     options.add_argument("--seconds", type=float, default=20.0, help="per batch size")
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtype", default="float32")
@@ -250,7 +253,7 @@ def main() -> int:
     torch.manual_seed(0)
     model = timm.create_model(chosen.model).eval()
     model = model.to(chosen.device, getattr(torch, chosen.dtype))
-    compared = candidates(model, chosen.r, chosen.delay)
+    compared = candidates(model, chosen.r, chosen.delay, chosen.plan)
     if chosen.runtime in ("onnx", "compile"):
         compared["dense, eager"] = compared["dense"]
     side = model.patch_embed.img_size

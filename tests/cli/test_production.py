@@ -76,7 +76,7 @@ def test_a_plan_of_another_model_is_refused(call: Callable[..., Ended], tmp_path
 
     other = timm.create_model("vit_tiny_patch16_224").eval()
     (tmp_path / "plan.json").write_text(tome_plan(other, r=3).to_json())
-    assert "the plan is for" in call("export", "--plan", "plan.json", "-o", "out").error
+    assert "must be for the geometry" in call("export", "--plan", "plan.json", "-o", "out").error
     assert not (tmp_path / "out").exists()
 
 

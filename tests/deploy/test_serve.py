@@ -28,7 +28,7 @@ from dsm_tune.config import TuneConfig
 from dsm_tune.demo import create_model, load_split
 from dsm_tune.merging.merged import merged_view
 from dsm_tune.merging.published import tome_plan
-from dsm_tune.production import Source
+from dsm_tune.sources import Source
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = ROOT / "deploy" / "serve" / "app.py"
@@ -144,6 +144,7 @@ def test_an_image_is_transformed_as_timm_does(server: Server) -> None:
         (b'{"pixels": [1, 2]}', "application/json", 400),
         (b'{"pixels": [[["a"]]]}', "application/json", 400),
         (b"[" * 100_000, "application/json", 400),
+        (b'{"pixels": [1' + b"0" * 400 + b"]}", "application/json", 400),
         (b"[]", "application/json", 400),
         (
             json.dumps({"pixels": [[[float("nan")] * 28] * 28] * 3}).encode(),

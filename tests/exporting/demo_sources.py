@@ -6,7 +6,7 @@ from dsm_tune.config import TuneConfig
 from dsm_tune.demo import create_model
 from dsm_tune.merging.published import dsm_plan
 from dsm_tune.plan import MergePlan
-from dsm_tune.production import Source
+from dsm_tune.sources import Source
 
 
 def demo_plan(r: int = 20) -> MergePlan:

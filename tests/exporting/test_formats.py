@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
 from demo_sources import demo_plan, demo_source
 from torch import Tensor
@@ -21,6 +22,7 @@ from dsm_tune.errors import BundleError, ConfigError, ModelError
 from dsm_tune.exporting import formats
 from dsm_tune.exporting.proof import compared
 from dsm_tune.merging.merged import merged_view
+from dsm_tune.merging.published import tome_plan
 from dsm_tune.reviewing.stores import connect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +37,19 @@ def test_a_format_gives_the_eager_outputs_at_every_batch_size(exported: Path, ki
     proof = compared(run, images, expected, 1e-4)
     assert proof.images >= 4 * 64
     assert proof.holds, proof
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", formats.FILES)
+def test_images_whose_sides_are_no_multiple_of_the_patch_keep_their_size(
+    kind: str, tmp_path: Path
+) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=70, depth=2, num_classes=3).eval()
+    plan = tome_plan(model, r=3)
+    formats.write_format(kind, model, plan, tmp_path)
+    images = torch.randn(2, 3, 70, 70, generator=torch.Generator().manual_seed(0))
+    found = formats.opened(kind, tmp_path / formats.FILES[kind], 1)(images)
+    torch.testing.assert_close(found, merged_view(model, plan)(images), rtol=1e-4, atol=1e-4)
 
 
 def test_the_onnx_file_says_how_to_preprocess_and_which_plan_it_runs(exported: Path) -> None:

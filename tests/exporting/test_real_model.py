@@ -26,7 +26,7 @@ from dsm_tune.exporting.bundle import load_bundle
 from dsm_tune.exporting.proof import compared
 from dsm_tune.merging.merged import merged_view
 from dsm_tune.merging.published import dsm_plan
-from dsm_tune.production import Source
+from dsm_tune.sources import Source
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsm_tune.errors import ConfigError, ModelError, PlanError
+from dsm_tune.errors import ConfigError, ModelError, PlanError, first_line
 from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.plan import MergePlan
 
@@ -115,8 +115,9 @@ def opened_as_it_is(model: nn.Module, pixels: Tensor, threads: int) -> Callable[
         try:
             program: Any = torch.onnx.export(model, (pixels,), dynamo=True, verbose=False)
         except Exception as error:  # its exceptions have no base of their own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise ModelError(f"a model must become ONNX to run in it, but got: {reason}") from None
+            raise ModelError(
+                f"a model must become ONNX to run in it, but got: {first_line(error)}"
+            ) from None
     return session(program.model_proto.SerializeToString(), threads)
 
 

@@ -29,8 +29,7 @@ def graph_of(
         metadata: names and texts to put into the file.
     """
     g, geometry = Builder(), plan.geometry
-    rows, columns = (side * geometry.patch for side in geometry.grid)
-    x = pieces.stem(g, g.input(INPUT, BATCH, 3, rows, columns))
+    x = pieces.stem(g, g.input(INPUT, BATCH, 3, *pieces.image_size))
     size = place = None
     taken = {step.block: step for step in plan.active_steps}
     for index in range(geometry.depth):

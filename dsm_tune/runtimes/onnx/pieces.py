@@ -37,12 +37,12 @@ class Pieces:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.geometry: Geometry = backbone.read_geometry(model)
+        self.image_size = backbone.image_size(model)
         self._traced: dict[str, onnx_ir.Graph] = {}
 
     def stem(self, g: Builder, pixels: Value) -> Value:
         """What enters the first block: [B, 3, H, W] to [B, N, C]."""
-        sides = [side * self.geometry.patch for side in self.geometry.grid]
-        example = torch.zeros(2, 3, *sides)
+        example = torch.zeros(2, 3, *self.image_size)
         return self._put(g, "stem", _Stem(self.model), [pixels], [(example, (BATCH,))])[0]
 
     def attend(

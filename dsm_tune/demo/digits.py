@@ -6,7 +6,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from dsm_tune.demo import MEAN, STD
@@ -26,6 +25,8 @@ def load_split(name: str) -> tuple[Tensor, Tensor]:
     Raises:
         ConfigError: if ``name`` is not one of ``SPLITS``.
     """
+    from sklearn.datasets import load_digits  # not where a bundle of the demo is served
+
     pixels, targets = load_digits(return_X_y=True)
     labels = torch.from_numpy(targets).long()
     chosen = split_indices(labels, name)

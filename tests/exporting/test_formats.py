@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -177,3 +178,27 @@ def test_a_name_that_no_registered_model_can_have_is_refused_at_once(
     with pytest.raises(ConfigError, match="--register"):
         production.export(demo_source(), "bundle", str(tmp_path / "out"), register=name)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@torch.no_grad()
+def test_inductor_compiles_the_pt2_file_to_native_code_with_the_same_outputs(
+    exported: Path, tmp_path: Path
+) -> None:
+    # In a process of its own: Inductor warns of much, and keeps threads and caches.
+    code = (
+        "import torch\n"
+        f"program = torch.export.load({str(exported / 'model.pt2')!r})\n"
+        f"path = {str(tmp_path / 'native.pt2')!r}\n"
+        "torch._inductor.aoti_compile_and_package(program, package_path=path)\n"
+        "run = torch._inductor.aoti_load_package(path)\n"
+        f"images = torch.load({str(tmp_path / 'images.pt')!r})\n"
+        f"torch.save(torch.cat([run(images[:3]), run(images[3:])]), {str(tmp_path / 'out.pt')!r})"
+    )
+    images = load_split("holdout")[0][:10]
+    torch.save(images, tmp_path / "images.pt")
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    found = torch.load(tmp_path / "out.pt")
+    expected = merged_view(create_model(), demo_plan())(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

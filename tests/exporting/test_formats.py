@@ -62,6 +62,21 @@ def test_the_onnx_file_says_how_to_preprocess_and_which_plan_it_runs(exported: P
     assert known["dsm_tune.plan"] == (exported / "plan.json").read_text()
 
 
+def test_a_tool_that_replaces_weights_of_the_onnx_file_can_infer_its_shapes(exported: Path) -> None:
+    model = onnx.load(exported / "model.onnx")
+    for weights in model.graph.initializer:
+        if weights.name.endswith("head.weight"):
+            (node,) = [node for node in model.graph.node if weights.name in node.input]
+            (transposed,) = [one for one in node.attribute if one.name == "transB"]
+            array = onnx.numpy_helper.to_array(weights)
+            weights.CopyFrom(onnx.numpy_helper.from_array(array.T.copy(), weights.name))
+            transposed.i = 0
+            break
+    else:
+        raise AssertionError("the head has no weights")
+    onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+
 def test_pt2_runs_where_dsm_tune_and_timm_are_not(exported: Path) -> None:
     code = (
         "import sys, warnings\nwarnings.simplefilter('ignore')\n"

@@ -129,7 +129,13 @@ class Builder:
         for tidy in (common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass()):
             tidy(model)
         model.metadata_props.update(metadata)
-        return onnx_ir.to_proto(model)
+        proto = onnx_ir.to_proto(model)
+        # A second note of an initializer's shape: tools that replace initializers leave it behind.
+        stored = {one.name for one in proto.graph.initializer}
+        noted = [one for one in proto.graph.value_info if one.name not in stored]
+        del proto.graph.value_info[:]
+        proto.graph.value_info.extend(noted)
+        return proto
 
     def integers(self, *values: int) -> Value:
         """[n] int64 that are in the file."""

@@ -46,6 +46,7 @@ from dsm_tune.searching.space import load_space
 from dsm_tune.searching.study import Study, study_names
 from dsm_tune.survey import MOST_CONFIRMED, Survey, make_planner, survey
 from dsm_tune.target import TargetDevice, predict_latency
+from dsm_tune.token_samples import token_samples
 
 __all__ = ["Listener", "dry_run", "resume", "show", "tune"]
 
@@ -215,6 +216,7 @@ class _Tune:
                     self._confirm(study, inputs)
                     if not self._correct(study, inputs):
                         break
+                self._keep_samples(study, inputs)
                 front = Answer.of(study).front()
                 return self._end(study, queue, "done" if front else "infeasible")
             except BaseException:
@@ -463,6 +465,14 @@ class _Tune:
         study.put("corrections", corrections)
         return True
 
+    def _keep_samples(self, study: Study, inputs: Inputs) -> None:
+        """Keep what the choice makes of a few images, so that a later sync can draw it too."""
+        answer = Answer.of(study)
+        answer = dataclasses.replace(answer, facts={**answer.facts, "status": "done"})
+        chosen = answer.choose(answer.front())  # as it will be
+        if chosen is not None and any(chosen.plan.removed):
+            study.put("token_samples", token_samples(inputs, chosen.plan))
+
     def _to_confirm(self, study: Study) -> list[MergePlan]:
         """Dense, ToMe, DSM, then the front, thinned to a number that can be measured well."""
         answer = Answer.of(study)
@@ -486,7 +496,8 @@ class _Tune:
         trials = answer.trials(result.front)
         files = {}  # after Ctrl-C nobody wants to wait for figures
         if status != "interrupted":
-            files = artifacts(result, trials, self.config, parameter_importance(study))
+            importance, samples = parameter_importance(study), study.facts.get("token_samples")
+            files = artifacts(result, trials, self.config, importance, samples)
         queue.log_outcome(result, trials, files)
         queue.close_runs(status)
         if not queue.close(timeout=120.0):

@@ -21,9 +21,11 @@ def open_queue(
     config: TuneConfig,
     warn: Callable[[str], None],
 ) -> TrackingQueue:
-    """Open the study's runs in the background."""
+    """Open the study's runs in the background: its own stands there before the first trial ends."""
     labels = labels_of(study, facts, config)
-    return TrackingQueue.for_study(tracking_uri, config.experiment, labels, warn)
+    queue = TrackingQueue.for_study(tracking_uri, config.experiment, labels, warn)
+    queue.put(lambda runs: None)
+    return queue
 
 
 def labels_of(study: str, facts: Mapping[str, Any], config: TuneConfig) -> StudyLabels:

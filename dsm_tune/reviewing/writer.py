@@ -29,9 +29,7 @@ __all__ = ["Writer", "serve"]
 CODE = (
     "import sys; sys.path[:] = sys.argv[1:]; from dsm_tune.reviewing import writer; writer.serve()"
 )
-NICENESS = (
-    5  # where cores are scarce the search goes first; what is behind is waited for at its end
-)
+NICENESS = 5  # once the store is open: where cores are scarce, the search goes first
 Request = tuple[str, tuple[Any, ...]]  # name of a method of StudyRuns, or "open", and arguments
 
 
@@ -170,8 +168,6 @@ class Writer:
 
 def serve() -> None:
     """Do what standard input asks until it ends: the main function of the process."""
-    if hasattr(os, "nice"):
-        os.nice(NICENESS)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     requests: SimpleQueue[Request] = SimpleQueue()
@@ -183,7 +179,10 @@ def serve() -> None:
             if method == "open":
                 from dsm_tune.reviewing.tracking import StudyRuns  # MLflow takes seconds
 
-                runs, told = StudyRuns.open(*arguments), set()
+                opened = StudyRuns.open(*arguments)
+                if runs is None and hasattr(os, "nice"):
+                    os.nice(NICENESS)
+                runs, told = opened, set()
             else:
                 getattr(runs, method)(*arguments)
             assert runs is not None

@@ -37,11 +37,12 @@ from dsm_tune.reviewing.outcome import artifacts, open_queue
 from dsm_tune.reviewing.queue import TrackingQueue
 from dsm_tune.reviewing.stores import resolve_tracking_uri
 from dsm_tune.reviewing.summary import duration_words
-from dsm_tune.searching import engine
 from dsm_tune.searching.budget import Limits
-from dsm_tune.searching.engine import Cluster, Crew
+from dsm_tune.searching.crew import Cluster, Crew, connected
+from dsm_tune.searching.engine import run_search
 from dsm_tune.searching.importance import parameter_importance
-from dsm_tune.searching.search import Planner, Progress, Search
+from dsm_tune.searching.planner import Planner
+from dsm_tune.searching.search import Progress, Search
 from dsm_tune.searching.space import load_space
 from dsm_tune.searching.study import Study, study_names
 from dsm_tune.survey import MOST_CONFIRMED, Survey, make_planner, survey
@@ -174,7 +175,7 @@ class _Tune:
         """Go through what comes before a search."""
         inputs = self._load()
         self._refuse_what_does_not_answer(is_new=True)
-        with engine.connected(self.cluster):
+        with connected(self.cluster):
             self._send(inputs)
             return self._look(inputs, self._dense_outputs(SEARCH), None)
 
@@ -192,7 +193,7 @@ class _Tune:
             self.listener.say(f"the study {found.name} is finished already; --trials continues it")
             return Answer.of(found).result()
         self._refuse_what_does_not_answer(found is None)
-        with engine.connected(self.cluster):
+        with connected(self.cluster):
             # A study is not made before all that can be refused has been.
             study = found or self._create(identity, weights_digest(inputs.model))
             self.earlier_seconds = study.facts.get("seconds", 0.0)
@@ -393,7 +394,7 @@ class _Tune:
             on_progress=on_progress,
         )
         end = None if self.config.timeout is None else self.clock() + self.config.timeout
-        engine.run_search(
+        run_search(
             search,
             self.crew,
             partial(try_plan, dense=dense),

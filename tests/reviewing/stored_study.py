@@ -14,7 +14,8 @@ from dsm_tune.plan import Geometry, MergePlan
 from dsm_tune.results import Evaluation, LatencyMs, Result
 from dsm_tune.reviewing.merged_tokens import Sample
 from dsm_tune.searching.budget import Cost, Limits
-from dsm_tune.searching.search import Planner, Progress, Search
+from dsm_tune.searching.planner import Planner
+from dsm_tune.searching.search import Progress, Search
 from dsm_tune.searching.space import load_space
 from dsm_tune.searching.study import Study
 

@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 
-import numpy as np
 from torch import Tensor, nn
 
 from dsm_tune import methods, schedules
@@ -15,7 +14,6 @@ from dsm_tune.errors import ConfigError
 from dsm_tune.inputs import CURVE_IMAGES, load_inputs, load_model
 from dsm_tune.measuring.images import load_image, photograph
 from dsm_tune.merging.backbone import read_geometry
-from dsm_tune.merging.merged import trace
 from dsm_tune.merging.published import model_name
 from dsm_tune.merging.similarity import detect_delay, similarity_curve
 from dsm_tune.merging.sinks import attention_sinks
@@ -23,13 +21,14 @@ from dsm_tune.methods import Settings
 from dsm_tune.plan import MergePlan
 from dsm_tune.reviewing import figures
 from dsm_tune.reviewing.heatmaps import sinks_on_image
+from dsm_tune.reviewing.merged_tokens import legend_words, panels_after, tokens_left
 from dsm_tune.reviewing.pictures import Array, Panel, encoded, tokens_on_image
 from dsm_tune.reviewing.summary import plan_words
+from dsm_tune.token_samples import patch_groups, spread
 
 __all__ = ["WHATS", "Asked", "draw"]
 
 WHATS = ("merged", "windows", "sinks", "curve")
-MOST_BLOCKS = 4  # in one row beside the image, unless more are asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,7 @@ def draw(config: TuneConfig, asked: Asked, say: Callable[[str], None]) -> bytes:
     if asked.what == "sinks":
         return _sinks(subject, asked)
     plan = _plan(subject, asked, say)
-    say(f"{subject.name} under {plan_words(plan)}: {_tokens_left(plan)} of {plan.tokens[0]} tokens")
+    say(f"{subject.name} under {plan_words(plan)}: {tokens_left(plan)} of {plan.tokens[0]} tokens")
     return (_merged if asked.what == "merged" else _windows)(subject, plan, asked)
 
 
@@ -139,21 +138,13 @@ def _plan(subject: _Subject, asked: Asked, say: Callable[[str], None]) -> MergeP
     return methods.published(asked.method, geometry, r, asked.settings, delay)
 
 
-def _tokens_left(plan: MergePlan) -> int:
-    """Tokens after all steps; a last block for prefix tokens alone lets the others be, unread."""
-    return plan.tokens[0] - sum(plan.removed)
-
-
 def _merged(subject: _Subject, plan: MergePlan, asked: Asked) -> bytes:
     """The tokens after some blocks: after those asked for, or after steps spread over depth."""
     groups = _groups(subject, plan)
     acting = [step.block for step in plan.active_steps]
-    blocks = asked.blocks or _spread(acting)
-    panels = [Panel("image")]
-    for block in blocks:
-        left = plan.geometry.prefix + len(np.unique(groups[block][groups[block] >= 0]))
-        panels.append(Panel(f"after block {block}: {left} tokens", groups[block]))
-    title = f"{plan.tokens[0]} tokens become {_tokens_left(plan)}" if acting else "No token leaves"
+    blocks = asked.blocks or spread(acting)
+    panels = [Panel("image"), *panels_after(plan, {block: groups[block] for block in blocks})]
+    title = f"{plan.tokens[0]} tokens become {tokens_left(plan)}" if acting else "No token leaves"
     return _tokens(subject, plan, asked, panels, title)
 
 
@@ -178,30 +169,15 @@ def _tokens(
     subject: _Subject, plan: MergePlan, asked: Asked, panels: Sequence[Panel], title: str
 ) -> bytes:
     gmacs = f"{plan.gmacs:.3g} of {plan.dense().gmacs:.3g} GMACs"
-    how = "patches inside a border are one token, in their mean colour"
-    if any(step.kind == "prune" for step in plan.active_steps):
-        how += "; dark ones were pruned"
-    subtitle = (
-        f"{subject.name} · {model_name(subject.model)} · {plan_words(plan)} · {gmacs} · {how}"
-    )
+    words = [subject.name, model_name(subject.model), plan_words(plan), gmacs, legend_words(plan)]
+    subtitle = " · ".join(words)
     image = photograph(subject.pixels[0], subject.model).numpy()
     return encoded(tokens_on_image(image, panels, title, subtitle), asked.form)
 
 
 def _groups(subject: _Subject, plan: MergePlan) -> list[Array]:
     """The token of each patch after each block: [rows, columns] each, -1 where pruned."""
-    grid, prefix = plan.geometry.grid, plan.geometry.prefix
-    found = [np.arange(plan.geometry.patches).reshape(grid)]
-    for origin in trace(subject.model, plan, subject.pixels):
-        found.append(origin[0, prefix:].reshape(grid).cpu().numpy())
-    # A last block for prefix tokens alone is not traced: it moves no patch.
-    return [found[min(block + 1, len(found) - 1)] for block in range(plan.geometry.depth)]
-
-
-def _spread(blocks: Sequence[int]) -> list[int]:
-    """At most a few of some blocks, the first and the last among them."""
-    at = np.linspace(0, len(blocks) - 1, min(MOST_BLOCKS, len(blocks)))
-    return [blocks[round(float(place))] for place in at]
+    return [one[0] for one in patch_groups(subject.model, plan, subject.pixels)]
 
 
 def _sinks(subject: _Subject, asked: Asked) -> bytes:
@@ -212,7 +188,7 @@ def _sinks(subject: _Subject, asked: Asked) -> bytes:
         found.received[0].numpy(),
         found.norms[0].numpy(),
         geometry.grid,
-        asked.blocks or _spread(range(geometry.depth)),
+        asked.blocks or spread(range(geometry.depth)),
     )
     return encoded(figure, asked.form)
 

@@ -23,8 +23,8 @@ from dsm_tune.profile import DeviceProfile
 from dsm_tune.results import REFERENCES
 from dsm_tune.reviewing.summary import cost_words
 from dsm_tune.searching.budget import Limit, Limits
-from dsm_tune.searching.engine import Cluster
-from dsm_tune.searching.search import Planner
+from dsm_tune.searching.crew import Cluster
+from dsm_tune.searching.planner import Planner
 from dsm_tune.searching.space import Choices, Fidelity, Space
 from dsm_tune.target import TargetDevice
 

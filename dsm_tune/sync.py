@@ -92,7 +92,8 @@ def _write(runs: Any, study: Study, config: TuneConfig, uri: str) -> Synced:
     answer = Answer.of(study)  # it names the runs now
     result = answer.result()
     trials = answer.trials(result.front)
-    files = artifacts(result, trials, config, parameter_importance(study))
+    importance, samples = parameter_importance(study), study.facts.get("token_samples")
+    files = artifacts(result, trials, config, importance, samples)
     runs.log_outcome(result, trials, files)
     runs.close(result.status)
     return Synced(

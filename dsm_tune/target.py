@@ -25,8 +25,7 @@ from dsm_tune.plan import FEATURES, Geometry, Matching, MergePlan
 from dsm_tune.profile import DeviceProfile, fingerprint_of
 from dsm_tune.results import LatencyMs
 from dsm_tune.runtimes.onnx.files import need_packages
-from dsm_tune.searching import engine
-from dsm_tune.searching.engine import Cluster
+from dsm_tune.searching.crew import Cluster, run_alone
 
 __all__ = ["TargetDevice", "measure_device", "predict_latency", "present"]
 
@@ -107,7 +106,7 @@ class TargetDevice:
         cpus = self.threads if cluster.address else min(self.threads, cluster.workers)
         # On this machine the crew holds the GPUs, and waits while something is timed.
         gpus = float(self.device.startswith("cuda") and cluster.address is not None)
-        return engine.run_alone(call, *arguments, cpus=cpus, gpus=gpus)
+        return run_alone(call, *arguments, cpus=cpus, gpus=gpus)
 
 
 def predict_latency(profile: DeviceProfile, plans: Sequence[MergePlan]) -> list[Confirmed]:

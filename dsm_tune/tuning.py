@@ -37,15 +37,17 @@ from dsm_tune.reviewing.outcome import artifacts, open_queue
 from dsm_tune.reviewing.queue import TrackingQueue
 from dsm_tune.reviewing.stores import resolve_tracking_uri
 from dsm_tune.reviewing.summary import duration_words
-from dsm_tune.searching import engine
 from dsm_tune.searching.budget import Limits
-from dsm_tune.searching.engine import Cluster, Crew
+from dsm_tune.searching.crew import Cluster, Crew, connected
+from dsm_tune.searching.engine import run_search
 from dsm_tune.searching.importance import parameter_importance
-from dsm_tune.searching.search import Planner, Progress, Search
+from dsm_tune.searching.planner import Planner
+from dsm_tune.searching.search import Progress, Search
 from dsm_tune.searching.space import load_space
 from dsm_tune.searching.study import Study, study_names
 from dsm_tune.survey import MOST_CONFIRMED, Survey, make_planner, survey
 from dsm_tune.target import TargetDevice, predict_latency
+from dsm_tune.token_samples import token_samples
 from dsm_tune.versions import versions
 
 __all__ = ["Listener", "dry_run", "resume", "show", "tune"]
@@ -174,7 +176,7 @@ class _Tune:
         """Go through what comes before a search."""
         inputs = self._load()
         self._refuse_what_does_not_answer(is_new=True)
-        with engine.connected(self.cluster):
+        with connected(self.cluster):
             self._send(inputs)
             return self._look(inputs, self._dense_outputs(SEARCH), None)
 
@@ -192,7 +194,7 @@ class _Tune:
             self.listener.say(f"the study {found.name} is finished already; --trials continues it")
             return Answer.of(found).result()
         self._refuse_what_does_not_answer(found is None)
-        with engine.connected(self.cluster):
+        with connected(self.cluster):
             # A study is not made before all that can be refused has been.
             study = found or self._create(identity, weights_digest(inputs.model))
             self.earlier_seconds = study.facts.get("seconds", 0.0)
@@ -216,6 +218,7 @@ class _Tune:
                     self._confirm(study, inputs)
                     if not self._correct(study, inputs):
                         break
+                self._keep_samples(study, inputs)
                 front = Answer.of(study).front()
                 return self._end(study, queue, "done" if front else "infeasible")
             except BaseException:
@@ -392,7 +395,7 @@ class _Tune:
             on_progress=on_progress,
         )
         end = None if self.config.timeout is None else self.clock() + self.config.timeout
-        engine.run_search(
+        run_search(
             search,
             self.crew,
             partial(try_plan, dense=dense),
@@ -464,6 +467,14 @@ class _Tune:
         study.put("corrections", corrections)
         return True
 
+    def _keep_samples(self, study: Study, inputs: Inputs) -> None:
+        """Keep what the choice makes of a few images, so that a later sync can draw it too."""
+        answer = Answer.of(study)
+        answer = dataclasses.replace(answer, facts={**answer.facts, "status": "done"})
+        chosen = answer.choose(answer.front())  # as it will be
+        if chosen is not None and any(chosen.plan.removed):
+            study.put("token_samples", token_samples(inputs, chosen.plan))
+
     def _to_confirm(self, study: Study) -> list[MergePlan]:
         """Dense, ToMe, DSM, then the front, thinned to a number that can be measured well."""
         answer = Answer.of(study)
@@ -487,7 +498,8 @@ class _Tune:
         trials = answer.trials(result.front)
         files = {}  # after Ctrl-C nobody wants to wait for figures
         if status != "interrupted":
-            files = artifacts(result, trials, self.config, parameter_importance(study))
+            importance, samples = parameter_importance(study), study.facts.get("token_samples")
+            files = artifacts(result, trials, self.config, importance, samples)
         queue.log_outcome(result, trials, files)
         queue.close_runs(status)
         if not queue.close(timeout=120.0):

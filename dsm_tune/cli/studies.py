@@ -141,4 +141,7 @@ def _write(result: TuneResult, values: Any, storage: str | None, *, front: bool)
     if result.status == "done":
         commands.append(f"{resumed} --trials {2 * trials}    # search on")
     page = _command("ui", result.study, storage)
-    write_result(result, [*commands, f"{page}    # figures, report, every trial"], front=front)
+    commands.append(f"{page}    # figures, report, every trial")
+    if result.chosen is not None and not front:  # `show` may have picked by another budget
+        commands.append(f"{_command('export', result.study, storage)} -o out/    # for production")
+    write_result(result, commands, front=front)

@@ -116,9 +116,13 @@ def tokens_png(result: TuneResult) -> bytes:
         "tokens that enter the block",
     )
     shades = matplotlib.colormaps["Blues"]
-    for i, one in enumerate(result.front):
-        shade = shades(0.35 + 0.6 * i / max(len(result.front) - 1, 1))
-        _tokens(axes, one, shade, f"front, {len(result.front)} plans" if not i else None, 1.0)
+    schedules = list({one.plan.tokens: one for one in result.front}.values())  # each drawn once
+    label = f"front, {len(result.front)} plans"
+    if len(schedules) < len(result.front):
+        label += f"\nof {len(schedules)} schedules"
+    for i, one in enumerate(schedules):
+        shade = shades(0.35 + 0.6 * i / max(len(schedules) - 1, 1))
+        _tokens(axes, one, shade, None if i else label, 1.0)
     named = [
         ("dense", "dense", result.dense, 1.5, ":"),
         ("ToMe", "tome", result.tome, 2.0, "--"),
@@ -217,11 +221,13 @@ def _leave_dense_outside(axes: Any, drawing: points.Scatter) -> None:
         va="bottom",
         fontsize=9,
         color=GREY,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
     )
 
 
 def _marks(axes: Any, kind: str, some: list[Point], order: int) -> None:
-    strong = kind not in ("pruned", "infeasible", "trial")
+    strong = kind not in points.BACKGROUND
+    scale, opacity = points.faintness(kind, len(some))
     label = KINDS[kind]
     if strong and len(some) == 1:
         label += f"\n  {some[0].divergence:.3g} at {some[0].cost:.3g}"
@@ -231,11 +237,11 @@ def _marks(axes: Any, kind: str, some: list[Point], order: int) -> None:
         [point.divergence for point in some],
         linestyle="none",
         marker=MARKERS[kind][0],
-        markersize=SIZES.get(kind, 17),
+        markersize=scale * SIZES.get(kind, 17),
         markerfacecolor="none" if hollow else COLOURS[kind],
         markeredgecolor=COLOURS[kind] if kind in ("pruned", "infeasible") else "white",
         markeredgewidth=0.9 if kind in ("pruned", "infeasible") else 0.7,
-        alpha=1.0 if strong else 0.75,
+        alpha=opacity,
         label=label,
         zorder=4 + order,
     )

@@ -103,6 +103,7 @@ def _outside(drawing: Scatter) -> str:
 
 def _trace(kind: str, some: list[Point]) -> Any:
     colour = COLOURS[kind]
+    scale, opacity = points.faintness(kind, len(some))
     return go.Scatter(
         x=[point.cost for point in some],
         y=[point.divergence for point in some],
@@ -112,9 +113,9 @@ def _trace(kind: str, some: list[Point]) -> Any:
         line={"color": colour, "width": 1.5},
         marker={
             "symbol": MARKERS[kind][1],
-            "size": SIZES.get(kind, 19),
+            "size": scale * SIZES.get(kind, 19),
             "color": colour,
-            "opacity": 0.75 if kind in ("pruned", "infeasible", "trial") else 1.0,
+            "opacity": opacity,
             "line": {"width": 1, "color": colour if kind in ("pruned", "infeasible") else "white"},
         },
         name=KINDS[kind],
@@ -156,5 +157,5 @@ def _layout(drawing: Scatter) -> dict[str, Any]:
             "orientation": "h", "x": 0, "y": -0.16, "yref": "paper", "yanchor": "top",
             "traceorder": "reversed",
         },
-        "margin": {"t": 40, "l": 76, "r": 16, "b": 60},
+        "margin": {"t": 56, "l": 76, "r": 16, "b": 60},
     }  # fmt: skip

@@ -21,9 +21,11 @@ def open_queue(
     config: TuneConfig,
     warn: Callable[[str], None],
 ) -> TrackingQueue:
-    """Open the study's runs in the background."""
+    """Open the study's runs in the background: its own stands there before the first trial ends."""
     labels = labels_of(study, facts, config)
-    return TrackingQueue.for_study(tracking_uri, config.experiment, labels, warn)
+    queue = TrackingQueue.for_study(tracking_uri, config.experiment, labels, warn)
+    queue.put(lambda runs: None)
+    return queue
 
 
 def labels_of(study: str, facts: Mapping[str, Any], config: TuneConfig) -> StudyLabels:
@@ -63,6 +65,7 @@ def artifacts(
     trials: Sequence[Trial],
     config: TuneConfig,
     importance: Mapping[str, float] | None = None,
+    samples: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes | str]:
     """Return the study's artifacts by their fixed names.
 
@@ -71,9 +74,10 @@ def artifacts(
         trials: all of them.
         config: what repeats it.
         importance: of the space's parameters, from 0 to 1.
+        samples: what the study keeps of a plan on some images; drawn if that plan is the choice.
     """
     # What draws takes a second to import, and is not needed before the end.
-    from dsm_tune.reviewing import figures, interactive, report
+    from dsm_tune.reviewing import figures, interactive, merged_tokens, report
 
     pictures = {
         "pareto.png": figures.pareto_png(result, trials),
@@ -87,6 +91,10 @@ def artifacts(
         pictures["importance.png"] = figures.importance_png(importance)
     if prediction := figures.prediction_png(result):
         pictures["prediction.png"] = prediction
+    plan = None if result.chosen is None else result.chosen.plan
+    if samples and plan is not None and plan.digest == samples["plan_digest"]:
+        some = [merged_tokens.Sample.from_dict(body) for body in samples["samples"]]
+        pictures["merged_tokens.png"] = merged_tokens.merged_tokens_png(plan, some, result.model)
     return {
         **pictures,
         "pareto.html": interactive.pareto_html(result, trials),

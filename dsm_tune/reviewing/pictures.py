@@ -16,7 +16,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 
-__all__ = ["Array", "Panel", "encoded", "page", "tokens_on_image"]
+__all__ = ["Array", "Panel", "encoded", "page", "tokens_on_image", "tokens_on_images"]
 
 Array = np.ndarray[Any, Any]
 Segments = list[tuple[tuple[float, float], tuple[float, float]]]
@@ -58,19 +58,36 @@ def tokens_on_image(image: Array, panels: Sequence[Panel], title: str, subtitle:
     """
     figure, axes = page(len(panels), image.shape[0] / image.shape[1], title, subtitle)
     for one, panel in zip(axes, panels, strict=True):
-        one.set_title(panel.title, fontsize=9, pad=4)
-        one.imshow(image, extent=(0, image.shape[1], image.shape[0], 0), interpolation="bilinear")
-        if panel.groups is not None:
-            _draw_groups(one, image, panel.groups)
-            if panel.window is not None:
-                _draw_windows(one, image, panel.groups.shape, panel.window)
-        one.set_xlim(0, image.shape[1])
-        one.set_ylim(image.shape[0], 0)
+        _draw_panel(one, image, panel)
+    return figure
+
+
+def tokens_on_images(
+    rows: Sequence[tuple[Array, Sequence[Panel]]], title: str, subtitle: str
+) -> Figure:
+    """Draw several images as :func:`tokens_on_image` draws one, below one another.
+
+    Args:
+        rows: an image and its pictures each; all images of one shape, all rows of one length.
+        title, subtitle: above them.
+    """
+    image, panels = rows[0]
+    aspect, count = image.shape[0] / image.shape[1], len(rows) * len(panels)
+    figure, axes = page(count, aspect, title, subtitle, columns=len(panels))
+    drawn = [(image, panel) for image, panels in rows for panel in panels]
+    for one, (image, panel) in zip(axes, drawn, strict=True):
+        _draw_panel(one, image, panel)
     return figure
 
 
 def page(
-    count: int, aspect: float, title: str, subtitle: str, *, below: float = 0.0
+    count: int,
+    aspect: float,
+    title: str,
+    subtitle: str,
+    *,
+    below: float = 0.0,
+    columns: int | None = None,
 ) -> tuple[Figure, list[Any]]:
     """Return a figure with ``count`` frames for pictures, in rows.
 
@@ -79,9 +96,10 @@ def page(
         aspect: height over width of a picture.
         title, subtitle: above them.
         below: inches left free at the bottom.
+        columns: frames in a row; ``None`` for at most five, the rows as even as can be.
     """
-    rows = math.ceil(count / MOST_COLUMNS)
-    columns = math.ceil(count / rows)
+    columns = columns or math.ceil(count / math.ceil(count / MOST_COLUMNS))
+    rows = math.ceil(count / columns)
     width, height = PANEL_INCHES * min(1, 1 / aspect), PANEL_INCHES * min(1, aspect)
     side = max(columns * (width + 0.1) + 0.1, 5.2)
     heading = textwrap.wrap(_plain(title), int(side * 11))[:2]
@@ -112,6 +130,17 @@ def encoded(figure: Figure, form: str) -> bytes:
     with matplotlib.rc_context({"svg.hashsalt": "dsm_tune"}):
         figure.savefig(stream, format=form, metadata={"Date": None} if form == "svg" else None)
     return stream.getvalue()
+
+
+def _draw_panel(axes: Any, image: Array, panel: Panel) -> None:
+    axes.set_title(panel.title, fontsize=9, pad=4)
+    axes.imshow(image, extent=(0, image.shape[1], image.shape[0], 0), interpolation="bilinear")
+    if panel.groups is not None:
+        _draw_groups(axes, image, panel.groups)
+        if panel.window is not None:
+            _draw_windows(axes, image, panel.groups.shape, panel.window)
+    axes.set_xlim(0, image.shape[1])
+    axes.set_ylim(image.shape[0], 0)
 
 
 def _draw_groups(axes: Any, image: Array, groups: Array) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dsm_tune.results import Result, Trial, TuneResult
 from dsm_tune.reviewing import summary
 
-__all__ = ["COLOURS", "KINDS", "MARKERS", "Point", "Scatter", "scatter"]
+__all__ = ["BACKGROUND", "COLOURS", "KINDS", "MARKERS", "Point", "Scatter", "faintness", "scatter"]
 
 MOST = 1500  # background points; more are thinned out evenly
+CROWD = 200  # more of a kind are drawn smaller and fainter, so that the front stands out
+BACKGROUND = ("pruned", "infeasible", "trial")
 # Okabe and Ito's palette, told apart by the colour-blind; the marker says the same as the colour.
 COLOURS = {
     "pruned": "#A6A6A6",
@@ -123,6 +125,18 @@ def scatter(result: TuneResult, trials: Sequence[Trial]) -> Scatter:
         top=top,
         frame=_frame(points, budget.ms if in_ms else budget.gmacs),
     )
+
+
+def faintness(kind: str, count: int) -> tuple[float, float]:
+    """Return by what the marks of a kind are scaled, and their opacity.
+
+    Args:
+        kind: of ``KINDS``.
+        count: how many marks there are.
+    """
+    if kind not in BACKGROUND:
+        return 1.0, 1.0
+    return (1.0, 0.75) if count <= CROWD else (0.75, 0.45)
 
 
 def _kind(trial: Trial) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import deque
@@ -12,19 +11,22 @@ from typing import TYPE_CHECKING
 from dsm_tune.results import Result, Trial, TuneResult
 from dsm_tune.reviewing.records import StudyLabels
 from dsm_tune.reviewing.stores import redact
+from dsm_tune.reviewing.writer import Writer
 
 if TYPE_CHECKING:
     from dsm_tune.reviewing.tracking import StudyRuns
 
+    Runs = Writer | StudyRuns  # the same methods, in another process or in this one
+
 __all__ = ["TrackingQueue"]
 
-# Python's own 5 ms are what the search would wait after each of its writes while this one computes.
-SWITCH_SECONDS = 0.0005
 PATIENCE = 5  # attempts to open a dead store, while someone waits
 
 
 class TrackingQueue:
-    """Writes in a background thread, in order; the results themselves are in the study's storage.
+    """Writes in order, beside the search; the results themselves are in the study's storage.
+
+    A thread of its own waits for what writes, which is in another process.
 
     A write that fails is tried again on a store opened anew: if that opens and the write fails once
     more, the write is dropped; if it does not open, everything waits, with growing pauses. A later
@@ -37,9 +39,10 @@ class TrackingQueue:
 
     def __init__(
         self,
-        open_runs: Callable[[], StudyRuns],
+        open_runs: Callable[[], Runs],
         warn: Callable[[str], None],
         *,
+        end: Callable[[], None] = lambda: None,
         size: int = 4096,
         pauses: tuple[float, float] = (0.5, 30.0),
     ) -> None:
@@ -48,6 +51,7 @@ class TrackingQueue:
         Args:
             open_runs: opens the study's runs; called in the background thread, and after an error.
             warn: is told the first failure, once, in one line; called in the background thread.
+            end: called last by :meth:`close`; whoever still writes then must stop.
             size: writes that may wait; more are dropped.
             pauses: seconds between attempts to open a dead store, at first and at most.
         """
@@ -55,29 +59,25 @@ class TrackingQueue:
         self.dropped = 0
         self._open_runs = open_runs
         self._warn = warn
+        self._end = end
         self._size = size
         self._pauses = pauses
-        self._calls: deque[Callable[[StudyRuns], object]] = deque()
+        self._calls: deque[Callable[[Runs], object]] = deque()
         self._change = threading.Condition()
         self._ends = False
         self._hurry = False
         self._refused = 0  # attempts to open the store, since someone has waited
         self._thread: threading.Thread | None = None
-        self._runs: StudyRuns | None = None
-        self._lookup: StudyRuns | None = None
+        self._runs: Runs | None = None
+        self._lookup: Runs | None = None
 
     @classmethod
     def for_study(
         cls, tracking_uri: str, experiment: str, labels: StudyLabels, warn: Callable[[str], None]
     ) -> TrackingQueue:
-        """Make a queue for a study; MLflow is imported in the background thread too."""
-
-        def open_runs() -> StudyRuns:
-            from dsm_tune.reviewing.tracking import StudyRuns
-
-            return StudyRuns.open(tracking_uri, experiment, labels)
-
-        return cls(open_runs, warn)
+        """Make a queue for a study; its writer starts with the first write, and ends with it."""
+        writer = Writer(tracking_uri, experiment, labels)
+        return cls(writer.open, warn, end=writer.end)
 
     @property
     def parent_run_id(self) -> str | None:
@@ -113,7 +113,7 @@ class TrackingQueue:
         """Have ``StudyRuns.close`` called."""
         self.put(lambda runs: runs.close(status))
 
-    def put(self, call: Callable[[StudyRuns], object]) -> None:
+    def put(self, call: Callable[[Runs], object]) -> None:
         """Have something written, some time; returns at once and never raises.
 
         Args:
@@ -142,27 +142,22 @@ class TrackingQueue:
             return not self._calls and not self.dropped
 
     def close(self, timeout: float) -> bool:
-        """Drain, take no more writes and end the thread; return whether nothing is missing."""
+        """Drain, take no more writes and end the writer; return whether nothing is missing."""
         deadline = time.monotonic() + timeout
         self.drain(timeout)
         with self._change:
             self._ends = True
             self.dropped += len(self._calls)
             self._calls.clear()
+            if self.dropped and not self.error:
+                self.error = f"it did not keep up within {timeout:g} s"
             self._change.notify_all()
         if self._thread is not None:
             self._thread.join(max(deadline - time.monotonic(), 0.1))
+        self._end()
         return not self.dropped
 
     def _work(self) -> None:
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(min(before, SWITCH_SECONDS))
-        try:
-            self._write_all()
-        finally:
-            sys.setswitchinterval(before)
-
-    def _write_all(self) -> None:
         tries, pause = 0, self._pauses[0]
         while True:
             with self._change:
@@ -193,7 +188,7 @@ class TrackingQueue:
                 self._report(error)
         return self._runs is not None
 
-    def _attempt(self, call: Callable[[StudyRuns], object]) -> bool:
+    def _attempt(self, call: Callable[[Runs], object]) -> bool:
         try:
             call(self._runs)  # type: ignore[arg-type]  # it is open
         except Exception as error:  # whatever it is, the search goes on
@@ -202,7 +197,7 @@ class TrackingQueue:
             return False
         return True
 
-    def _finish(self, call: Callable[[StudyRuns], object], done: bool) -> None:
+    def _finish(self, call: Callable[[Runs], object], done: bool) -> None:
         with self._change:
             if self._calls and self._calls[0] is call:
                 self._calls.popleft()

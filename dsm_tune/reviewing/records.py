@@ -191,7 +191,9 @@ def note(result: TuneResult) -> str:
     lines = [f"| {' | '.join(_markdown(cell) + GAP for cell in cells)} |" for cells in table]
     lines.insert(1, "|" + " --- |" * len(table[0]))
     study, uri = shlex.quote(result.study), redact(result.tracking_uri)
-    see = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    see = uri if uri.startswith("http") else f"dsm-tune ui {study}"
+    export = f"`dsm-tune export {study} -o out/`; another plan, by the id of its run: "
+    production = [f"- For production: {export}`dsm-tune export RUN_ID -o out/`"]
     text = "\n".join(
         [
             f"**{_markdown(summary.answer(result))}**",
@@ -204,6 +206,7 @@ def note(result: TuneResult) -> str:
             "- The front: filter the runs by `tags.pareto = 'true'`.",
             "- Figures and `report.html`: the artifacts of this run.",
             f"- The table in a terminal: `dsm-tune show {study}`",
+            *(production if result.chosen is not None else ()),
             f"- Search on: `dsm-tune resume {study} --trials N`",
             f"- This page: `{see}`",
         ]

@@ -22,6 +22,7 @@ CAPTIONS = {
     "tokens.png": "How many tokens enter each block.",
     "importance.png": "How much each parameter of the search decided (PED-ANOVA over all trials).",
     "prediction.png": "What the device profile said of the plans that were timed in the end.",
+    "merged_tokens.png": "What the chosen plan makes of images that the search never saw.",
 }
 STYLE = """
 :root { color-scheme: light; }

@@ -106,6 +106,11 @@ class StudyRuns:
         """The study's run."""
         return self._parent.run_id
 
+    @property
+    def run_ids(self) -> dict[int, str]:
+        """The runs of all trials that have one, by number."""
+        return {number: child.run_id for number, child in self._children.items()}
+
     def run_id(self, trial_number: int) -> str | None:
         """Return the run of a trial, or ``None`` if it has none."""
         child = self._children.get(trial_number)

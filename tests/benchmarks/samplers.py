@@ -34,9 +34,9 @@ from dsm_tune.merging.similarity import detect_delay, similarity_curve
 from dsm_tune.plan import Geometry, MergePlan
 from dsm_tune.searching.budget import Cost, Limits
 from dsm_tune.searching.pareto import hypervolume
-from dsm_tune.searching.search import Planner
+from dsm_tune.searching.planner import Planner
+from dsm_tune.searching.samplers import Mirror, derive_seed
 from dsm_tune.searching.space import SAMPLERS, Choices, Space, load_space
-from dsm_tune.searching.study import Mirror, derive_seed
 
 RECORD = Path(__file__).with_name("recorded_objective.json")
 MARKS = (16, 32, 48, 64, 96)

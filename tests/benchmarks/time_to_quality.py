@@ -27,7 +27,8 @@ from dsm_tune.merging.similarity import detect_delay, similarity_curve
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Evaluation
 from dsm_tune.searching.budget import Cost, Limits
-from dsm_tune.searching.search import Planner, Search
+from dsm_tune.searching.planner import Planner
+from dsm_tune.searching.search import Search
 from dsm_tune.searching.space import load_space
 from dsm_tune.searching.study import Record, Study
 from dsm_tune.tuning import tune

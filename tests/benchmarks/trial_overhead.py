@@ -23,10 +23,11 @@ from dsm_tune.plan import Geometry, MergePlan
 from dsm_tune.results import Evaluation, Trial
 from dsm_tune.reviewing.queue import TrackingQueue
 from dsm_tune.reviewing.records import StudyLabels
-from dsm_tune.searching import engine
 from dsm_tune.searching.budget import Cost, Limits
-from dsm_tune.searching.engine import Cluster
-from dsm_tune.searching.search import Planner, Progress, Search
+from dsm_tune.searching.crew import Cluster, Crew, connected
+from dsm_tune.searching.engine import run_search
+from dsm_tune.searching.planner import Planner
+from dsm_tune.searching.search import Progress, Search
 from dsm_tune.searching.space import load_space
 from dsm_tune.searching.study import Study
 
@@ -84,7 +85,7 @@ def main() -> int:
     cluster = Cluster(workers=options.workers)
     ends: list[float] = []
     busy: list[float] = []  # processor time of this process, MLflow's thread included
-    with tempfile.TemporaryDirectory() as name, engine.connected(cluster):
+    with tempfile.TemporaryDirectory() as name, connected(cluster):
         folder = Path(name)
         labels = StudyLabels(
             study="overhead", study_id="0", model="deit_tiny", device="cpu", budget="57%"
@@ -104,7 +105,7 @@ def main() -> int:
         if options.profile:
             profiler.enable()
         search = make_search(folder, options.trials, options.sampler, on_progress)
-        engine.run_search(search, engine.Crew(os.getpid, cluster), evaluate)
+        run_search(search, Crew(os.getpid, cluster), evaluate)
         ran = time.perf_counter()
         profiler.disable()
         queue.drain(timeout=60)

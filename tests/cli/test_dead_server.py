@@ -23,7 +23,7 @@ pytestmark = [
         "ignore:The ``noload`` loader strategy is deprecated:sqlalchemy.exc.SADeprecationWarning"
     ),
 ]
-TRIALS = 16
+TRIALS = 24  # long enough for MLflow to be there before the last
 TUNE = ("--budget-gflops", "60%", "--study", "digits", "--trials", f"{TRIALS}", "--json")
 OF_A_CLOCK = ("latency", "chosen_latency", "throughput", "evaluation_seconds")
 OF_A_STUDY = ("mlflow.parentRunId", "dsm_tune.study_id", "mlflow.note.content")

@@ -6,12 +6,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from dsm_tune.answer import Answer
 from dsm_tune.config import TuneConfig
 from dsm_tune.plan import Geometry, MergePlan
 from dsm_tune.results import Evaluation, LatencyMs, Result
+from dsm_tune.reviewing.merged_tokens import Sample
 from dsm_tune.searching.budget import Cost, Limits
-from dsm_tune.searching.search import Planner, Progress, Search
+from dsm_tune.searching.planner import Planner
+from dsm_tune.searching.search import Progress, Search
 from dsm_tune.searching.space import load_space
 from dsm_tune.searching.study import Study
 
@@ -103,6 +107,12 @@ def confirm(study: Study) -> None:
     study.put("confirmed", confirmed)
     study.put("seconds", 12.0)
     study.put("status", "done")
+    chosen = Answer.of(study).result().chosen
+    if chosen is not None:
+        image, groups = np.full((32, 32, 3), 0.5), np.arange(64).reshape(8, 8) // 2
+        sample = Sample("dog.jpg", image, {1: groups, 3: groups // 2})
+        some = {"plan_digest": chosen.plan.digest, "samples": 3 * [sample.to_dict()]}
+        study.put("token_samples", some)
 
 
 def make(storage: str, name: str, *, trials: int = 24, **options: Any) -> Study:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import struct
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import study_builder as build
 from hypothesis import given
 
-from dsm_tune.reviewing import pictures
+from dsm_tune.config import TuneConfig
+from dsm_tune.reviewing import outcome, pictures
 from dsm_tune.reviewing.heatmaps import sinks_on_image
+from dsm_tune.reviewing.merged_tokens import Sample, merged_tokens_png
 from dsm_tune.reviewing.pictures import DARK, INSET, Panel, encoded, tokens_on_image
 
 Grid = tuple[int, int]
@@ -85,3 +91,41 @@ def test_sinks_are_named_and_without_one_the_title_says_so(prefix: int) -> None:
     assert (
         f"{'the class token' if prefix else 'a patch'} receives 40× its share in block 1" in marked
     )
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (224, 224), (518, 518), (208, 272)])
+def test_a_kept_image_is_small_and_has_whole_pixels_per_patch(shape: Grid) -> None:
+    grid = (shape[0] // 2, shape[1] // 2) if shape[0] == 28 else (shape[0] // 16, shape[1] // 16)
+    image = np.random.default_rng(0).random((*shape, 3))
+    groups = np.arange(grid[0] * grid[1]).reshape(grid) // 3
+    body = json.loads(json.dumps(Sample("a.jpg", image, {2: groups, 5: groups // 2}).to_dict()))
+    assert len(json.dumps(body)) < 140_000  # noise is the worst that JPEG can meet
+    back = Sample.from_dict(body)
+    assert [side % patches for side, patches in zip(back.image.shape, grid, strict=False)] == [0, 0]
+    assert max(back.image.shape) <= 224
+    assert list(back.groups) == [2, 5]
+    assert (back.groups[2] == groups).all()
+
+
+def test_a_kept_image_looks_like_itself() -> None:
+    image = np.linspace(0, 1, 64 * 64 * 3).reshape(64, 64, 3)
+    back = Sample.from_dict(Sample("a", image, {0: np.zeros((8, 8), int)}).to_dict())
+    assert back.image.shape == image.shape
+    assert np.abs(back.image - image).max() < 0.05
+
+
+def test_samples_are_drawn_below_one_another_and_only_of_the_plan_that_was_chosen() -> None:
+    result = build.study()
+    assert result.chosen is not None
+    groups = np.arange(196).reshape(14, 14) // 2
+    samples = [Sample(f"{i}.jpg", np.full((28, 28, 3), 0.5), {2: groups, 9: groups}) for i in "ab"]
+    wide, high = struct.unpack(
+        ">II", merged_tokens_png(result.chosen.plan, samples, "deit_tiny")[16:24]
+    )
+    assert wide > 900  # three pictures, side by side
+    assert high > 700  # two, one below the other
+    config = TuneConfig(budget_gflops=0.9)
+    kept = {"plan_digest": result.chosen.plan.digest, "samples": [s.to_dict() for s in samples]}
+    assert "merged_tokens.png" in outcome.artifacts(result, [], config, None, kept)
+    kept["plan_digest"] = "of another plan"
+    assert "merged_tokens.png" not in outcome.artifacts(result, [], config, None, kept)

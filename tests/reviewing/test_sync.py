@@ -26,6 +26,10 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy is deprecated:sqlalchemy.exc.SADeprecationWarning"
 )
 TRIALS = 16
+FILES = {
+    *("report.html", "pareto.html", "pareto.png", "trials.csv", "front.json", "config.toml"),
+    *("similarity_curve.png", "tokens.png", "prediction.png", "merged_tokens.png"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +104,7 @@ def test_sync_writes_runs_steps_and_files_from_the_storage_alone(
     assert [step for step, _ in shown["steps"]["trials_done"]] == list(range(1, TRIALS + 1))
     assert shown["study"]["status"] == "FINISHED"
     assert shown["study"]["files"] == list(done.files)
-    assert {"report.html", "pareto.html", "pareto.png", "trials.csv"} <= set(done.files)
+    assert set(done.files) == FILES
     fronts = [run["tags"]["pareto"] for key, run in shown.items() if key.isdigit()]
     assert fronts.count("true") == len(Answer.of(study).front())
 
@@ -144,8 +148,9 @@ def test_what_a_tune_had_written_and_what_sync_writes_are_equal(
     answer = Answer.of(search.study)
     result = answer.result()
     trials = answer.trials(result.front)
-    importance = parameter_importance(search.study)
-    queue.log_outcome(result, trials, outcome.artifacts(result, trials, config, importance))
+    importance, samples = parameter_importance(search.study), search.study.facts["token_samples"]
+    files = outcome.artifacts(result, trials, config, importance, samples)
+    queue.log_outcome(result, trials, files)
     queue.close_runs("done")
     assert queue.close(60)
     live = standing(uri, "live")

@@ -15,7 +15,7 @@ def cluster() -> Iterator[object]:
     """A Ray session of two workers on this machine."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Ray's own modules do when they are imported
-        from dsm_tune.searching.engine import Cluster, connected
+        from dsm_tune.searching.crew import Cluster, connected
 
         here = Cluster(workers=2)
         with pytest.MonkeyPatch.context() as patch:

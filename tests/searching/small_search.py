@@ -16,7 +16,8 @@ from optuna.storages import RDBStorage
 
 from dsm_tune.plan import Geometry, MergePlan
 from dsm_tune.searching.budget import Cost, Limits
-from dsm_tune.searching.search import Job, Planner, Progress, Search
+from dsm_tune.searching.planner import Planner
+from dsm_tune.searching.search import Job, Progress, Search
 from dsm_tune.searching.space import FORMAT, Space, parse_space
 from dsm_tune.searching.study import Study
 

@@ -19,7 +19,8 @@ from dsm_tune.errors import ConfigError
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Evaluation
 from dsm_tune.searching import engine
-from dsm_tune.searching.engine import Cluster, Crew, connected, run_alone, run_search
+from dsm_tune.searching.crew import Cluster, Crew, connected, run_alone
+from dsm_tune.searching.engine import run_search
 from dsm_tune.searching.search import Search
 from dsm_tune.searching.study import Study
 from dsm_tune.searching.worker import Worker
@@ -278,7 +279,7 @@ def test_a_cluster_that_does_not_answer_is_refused_in_one_line() -> None:
     import sys
 
     code = (
-        "from dsm_tune.searching.engine import Cluster, connected\n"
+        "from dsm_tune.searching.crew import Cluster, connected\n"
         "from dsm_tune.errors import ConfigError\n"
         "try:\n"
         "    connected(Cluster(address='127.0.0.1:1')).__enter__()\n"

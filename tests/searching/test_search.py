@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Evaluation
-from dsm_tune.searching import study
+from dsm_tune.searching import samplers
 from dsm_tune.searching.budget import Cost, Limits
 from dsm_tune.searching.pareto import non_dominated
 from dsm_tune.searching.search import Progress, Search
@@ -153,7 +153,7 @@ def test_nothing_that_was_stored_is_evaluated_again(url: str) -> None:
 def test_every_sampler_gives_distinct_plans_within_the_budget_and_the_same_again(
     sampler: str, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "STARTUP", 4)
+    monkeypatch.setattr(samplers, "STARTUP", 4)
     planner, trials = small.planner(small.space(sampler=sampler)), 19
 
     def run(url: str, *, stops: tuple[int, ...] = ()) -> Search:

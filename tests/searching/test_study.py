@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from dsm_tune.errors import StudyError
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Evaluation
-from dsm_tune.searching import study as studies
+from dsm_tune.searching import samplers
+from dsm_tune.searching.samplers import Mirror, derive_seed
 from dsm_tune.searching.space import FORMAT, SAMPLERS
-from dsm_tune.searching.study import Mirror, Record, Study, derive_seed, study_names
+from dsm_tune.searching.study import Record, Study, study_names
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_a_model_of_the_space_draws_closer_to_the_front_than_chance(sampler: str
 
 
 def test_too_few_trials_to_learn_from_are_not_learnt_from() -> None:
-    few = told(studies.STARTUP - 1)
+    few = told(samplers.STARTUP - 1)
     for sampler in ("tpe", "gp"):
         mirror = Mirror(small.space(TWO, sampler=sampler), few)
         assert mirror.draw(3) == mirror.draw(3, at_random=True)
@@ -243,8 +244,8 @@ def test_what_cost_explains_is_taken_off(losses: list[float], slope: float, seed
     costs = [0.6 + 0.4 * index / (len(losses) - 1) for index in range(len(losses))]
     points = [(slope * cost, cost) for cost in costs]
     points[seed % len(points)] = (5.0, 0.6)  # one hopeless plan does not change what cost is worth
-    flat = studies._at_equal_cost(points)
+    flat = samplers._at_equal_cost(points)
     rest = [value for value, (loss, _) in zip(flat, points, strict=True) if loss != 5.0]
     assert max(rest) - min(rest) < 1e-6 * abs(slope)
     rising = list(zip(sorted(losses), costs, strict=True))
-    assert studies._at_equal_cost(rising) == [v for v, _ in rising]  # a cost is never rewarded
+    assert samplers._at_equal_cost(rising) == [v for v, _ in rising]  # a cost is never rewarded

@@ -208,7 +208,7 @@ def _divergence(row: Row) -> Text:
     if value is None or row["kind"] == "dense":
         return Text(NONE if value is None else "0")
     low, high = quality["divergence_low"], quality["divergence_high"]
-    return two_lines(f"{value:.3g} [{low:.3g}, {high:.3g}]")
+    return two_lines(f"{value:.3g} [{low:.2g}, {high:.2g}]")
 
 
 def _curves(curves: Sequence[Mapping[str, Any]]) -> Table:

@@ -94,7 +94,9 @@ def _needs(item: Item, has_data: bool, facts: Sequence[Document]) -> str | None:
     ready = [one for one in (facts if item.picture in CURVES else given) if one["image"]]
     if ready and not item.rows:
         return None
-    return "images" if given else "weights and images"
+    if given:
+        return "images"
+    return "weights" if any(one["image"] for one in facts) else "weights and images"
 
 
 def _has_section(item: Item, subject: Subject, asked: Asked) -> bool:

@@ -37,7 +37,7 @@ def curves_together(curves: Sequence[Curve], title: str) -> Figure:
     figure = Figure(figsize=(9.5, 5.0), dpi=DPI)
     FigureCanvasAgg(figure)
     _head(figure, title, _images_words(curves), 0.975)
-    axes = figure.add_axes((0.075, 0.11, 0.54, 0.76))
+    axes = figure.add_axes((0.075, 0.11, 0.52, 0.76))
     for number, one in enumerate(curves):
         values = one["similarity_curve"]
         depth = [block / max(len(values) - 1, 1) for block in range(len(values))]
@@ -49,7 +49,7 @@ def curves_together(curves: Sequence[Curve], title: str) -> Figure:
         is_random = one["weights"] == "random"
         if is_random:
             style.update(linewidth=1.0, alpha=0.6)
-        label = textwrap.fill(one["model"], 40) + "\n  " + _delay_words(one)
+        label = textwrap.fill(one["model"], 44) + "\n  " + _delay_words(one)
         axes.plot(depth, values, marker="o", markersize=3, label=_plain(label), **style)
         if not is_random:
             place = one["delay"]

@@ -44,16 +44,19 @@ def sweep_figure(sections: Sequence[Section], over: str, title: str) -> Figure:
     figure.text(0.1 / wide, 1 - 0.1 / high, title, va="top", fontsize=12, fontweight="bold")
     images = sorted({section["images"] for section in sections})
     words = " / ".join(map(str, images))
+    bars = "95 % intervals" + (", of speed quartiles over runs" if "speed" in frames else "")
     figure.text(
         0.1 / wide,
         1 - 0.37 / high,
-        f"on {words} held-out images · bars: 95 % intervals",
+        f"on {words} held-out images · bars: {bars}",
         va="top",
         fontsize=8.5,
         color=GREY,
     )
     axes = figure.subplots(1, len(frames), squeeze=False)[0]
     for frame, what in zip(axes, frames, strict=True):
+        if what == "speed":
+            _as_gmacs(frame, rows)
         for number, section in enumerate(sections):
             _lines(frame, section, over, what, HUES[number % len(HUES)])
         frame.set_xlabel(X_TITLES[over], fontsize=9.5)
@@ -95,6 +98,15 @@ def _lines(axes: Any, section: Section, over: str, what: str, colour: str) -> No
         filled = {} if method == "DSM" else {"markerfacecolor": "white"}
         axes.plot(xs, ys, marker=marker, markersize=5, label=f"{name}, {method}", **style, **filled)
         axes.vlines(xs, lows, highs, color=colour, linewidth=1.0, alpha=0.7)
+
+
+def _as_gmacs(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The speed that the share of GMACs would give, dotted."""
+    least = min(row["share"] for row in rows)
+    shares = [least + (1 - least) * step / 50 for step in range(51)]
+    xs, ys = [100 * share for share in shares], [1 / share for share in shares]
+    axes.plot(xs, ys, color="#8C8C8C", linestyle=":", linewidth=1.2)
+    axes.text(xs[0], ys[0], "as GMACs would have it ", fontsize=8, color=GREY, ha="right")
 
 
 def _x(row: Mapping[str, Any], over: str) -> float:

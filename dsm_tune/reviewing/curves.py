@@ -23,6 +23,7 @@ GREY = "#595959"
 # Okabe and Ito's palette without yellow, which is too pale for a line.
 HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
 STYLES = ("-", "--", ":", "-.")
+LEAST = 0.02  # height of a small frame: a flat curve is to look flat
 RANDOM = "random weights: its D means nothing"
 
 
@@ -112,6 +113,10 @@ def _one(axes: Any, one: Curve) -> None:
     name = "\n".join(textwrap.wrap(_plain(one["model"]), 34)[:2])
     axes.set_title(f"{name}\n{_delay_words(one)}", fontsize=7.5, loc="left")
     axes.set_xlim(-0.5, len(values) - 0.5)
+    middle = (min(values) + max(values)) / 2
+    if max(values) - min(values) < LEAST:
+        axes.set_ylim(middle - LEAST / 2, middle + LEAST / 2)
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.set_xlabel("block", fontsize=8, labelpad=1)
     axes.tick_params(labelsize=7.5)

@@ -222,6 +222,8 @@ def curve_of(family: Family, options: argparse.Namespace) -> dict[str, Any]:
 
 def draw_curves(options: argparse.Namespace) -> None:
     """Draw one curve per family, and say where each begins to converge."""
+    if not Path(options.images).is_dir():
+        sys.exit(f"skipped: {options.images} is not here; name --images")
     curves = [curve_of(family, options) for family in FAMILIES]
     for one in curves:
         share = one["stability"].get(str(one["delay"]), 0.0)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dsm_tune.curve import facts_of
 from dsm_tune.errors import ModelError
 from dsm_tune.inputs import CURVE_IMAGES
-from dsm_tune.measuring.images import load_folder
+from dsm_tune.measuring.images import SUFFIXES, load_image
 from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.merging.loading import create_model
@@ -212,18 +212,20 @@ def curve_of(family: Family, options: argparse.Namespace) -> dict[str, Any]:
     file, pretrained = files.get(name), options.pretrained and name not in files
     model = create_model(name, checkpoint=file, pretrained=pretrained, model_kwargs=kwargs)
     is_random = file is None and not pretrained
-    images, _ = load_folder(options.images, model, limit=FEW if is_random else CURVE_IMAGES)
+    found = sorted(file for file in Path(options.images).rglob("*") if file.suffix in SUFFIXES)
+    some = found[: FEW if is_random else CURVE_IMAGES]  # labels are not needed, nor read
+    images = torch.cat([load_image(file, model) for file in some])
     return {
         "model": f"{family.name}: {name}",
         "weights": "random" if is_random else "given",
-        **facts_of(model, images.pixels, seed=0),
+        **facts_of(model, images, seed=0),
     }
 
 
 def draw_curves(options: argparse.Namespace) -> None:
     """Draw one curve per family, and say where each begins to converge."""
-    if not Path(options.images).is_dir():
-        sys.exit(f"skipped: {options.images} is not here; name --images")
+    if not any(file.suffix in SUFFIXES for file in Path(options.images).rglob("*")):
+        sys.exit(f"skipped: there are no images in {options.images}; name --images")
     curves = [curve_of(family, options) for family in FAMILIES]
     for one in curves:
         share = one["stability"].get(str(one["delay"]), 0.0)

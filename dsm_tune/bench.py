@@ -31,7 +31,7 @@ from dsm_tune.runtimes.forwards import Call, forward_of, forwards_of
 from dsm_tune.runtimes.onnx.files import opened_as_it_is
 from dsm_tune.target import TargetDevice
 
-__all__ = ["bench"]
+__all__ = ["bench", "judged", "speeds_of", "top1_of"]
 
 Say = Callable[[str], None]
 
@@ -63,7 +63,7 @@ def bench(config: TuneConfig, asked: Asked, say: Say) -> dict[str, Any]:
     target = Target(model, pixels, *where)
     target.ready()  # moves the model to where it is measured
     quality = _qualities(candidates, model, inputs, config, say)
-    speeds = [_speeds(candidates, target, size, asked.runs, say) for size in asked.batch_sizes]
+    speeds = [speeds_of(candidates, target, size, asked.runs, say) for size in asked.batch_sizes]
     return {
         "model": config.model_name,
         "weights": "random" if is_random else "given",
@@ -128,13 +128,14 @@ def _qualities(
     found: list[dict[str, Any] | None] = []
     for one in candidates:
         if one.plan is not None:
-            found.append(_judged(evaluator.evaluate(one.plan)))
+            found.append(judged(evaluator.evaluate(one.plan)))
         else:
-            found.append(_right(one, inputs.holdout, config))
+            found.append(top1_of(one, inputs.holdout, config))
     return found
 
 
-def _judged(images: PerImage) -> dict[str, Any]:
+def judged(images: PerImage) -> dict[str, Any]:
+    """The quality of a plan in the document: means, and intervals of them."""
     quality = images.summary()
     low, high = bootstrap_interval(images.divergence)
     agrees = bootstrap_interval(images.agrees.double())
@@ -150,7 +151,7 @@ def _judged(images: PerImage) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _right(one: Candidate, images: ImageSet, config: TuneConfig) -> dict[str, Any] | None:
+def top1_of(one: Candidate, images: ImageSet, config: TuneConfig) -> dict[str, Any] | None:
     """Top-1 of another model, on the same images through its own transform."""
     if one.other is None or not one.is_trained or not images.labelled or config.images is None:
         return None
@@ -159,10 +160,21 @@ def _right(one: Candidate, images: ImageSet, config: TuneConfig) -> dict[str, An
     return {"top1": float((guesses == own.labels).double().mean())}
 
 
-def _speeds(
+def speeds_of(
     candidates: Sequence[Candidate], target: Target, batch_size: int, runs: int, say: Say
 ) -> list[dict[str, Any]]:
-    """Time all candidates at one batch size, in turn."""
+    """Time all candidates at one batch size, in turn.
+
+    Args:
+        candidates: plans of the target's model, and other models; the first is the reference.
+        target: model, images and where they are timed; made ready before.
+        batch_size: images per forward.
+        runs: forwards of each.
+        say: is told about how long it takes.
+
+    Returns:
+        The timing of each in the document.
+    """
     device, dtype = torch.device(target.device), getattr(torch, target.dtype)
     pixels = target.pixels[:batch_size].to(device, dtype)
     plans = [one.plan for one in candidates if one.plan is not None]

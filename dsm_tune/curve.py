@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor, nn
+
 from dsm_tune.config import TuneConfig
 from dsm_tune.inputs import CURVE_IMAGES, load_inputs
 from dsm_tune.merging.similarity import (
@@ -15,7 +17,7 @@ from dsm_tune.merging.similarity import (
 )
 from dsm_tune.reviewing import figures
 
-__all__ = ["draw", "measure"]
+__all__ = ["draw", "facts_of", "measure"]
 
 
 def measure(config: TuneConfig, say: Callable[[str], None]) -> dict[str, Any]:
@@ -28,15 +30,25 @@ def measure(config: TuneConfig, say: Callable[[str], None]) -> dict[str, Any]:
     for line in inputs.skipped:
         say(f"skipped {line}")
     images = inputs.search.pixels[:CURVE_IMAGES]
-    curves = similarity_curves(inputs.model, images)
+    return {"model": config.model_name, **facts_of(inputs.model, images, seed=config.seed)}
+
+
+def facts_of(model: nn.Module, images: Tensor, *, seed: int) -> dict[str, Any]:
+    """The curve of a model on some images, D, and how often each D is found in resamples.
+
+    Args:
+        model: accepted by :func:`~dsm_tune.merging.backbone.read_geometry`.
+        images: [B, 3, H, W], normalised.
+        seed: of the resamples.
+    """
+    curves = similarity_curves(model, images)
     curve = [float(value) for value in curves.mean(dim=0)]
     return {
-        "model": config.model_name,
         "images": len(images),
         "similarity_curve": curve,
         "delay": detect_delay(curve),
         "transition": find_transition(curve) is not None,
-        "stability": {str(d): s for d, s in delay_stability(curves, seed=config.seed).items()},
+        "stability": {str(d): s for d, s in delay_stability(curves, seed=seed).items()},
     }
 
 

@@ -3,10 +3,15 @@
 Each model is made by name with random weights and real sizes but for the depth of large ones. It is
 run dense, under a plan that removes nothing (the same bits are asked for) and under ToMe's and
 DSM's plans, whose tokens are followed through all blocks.
+
+``--curves FILE`` draws the similarity curve of one model of each family instead, at full depth:
+of weights that are given (``--weights NAME=FILE``) or downloaded (``--pretrained``), with D and its
+stability; of random ones otherwise, whose D means nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 import warnings
@@ -14,17 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from subject import SHARED
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dsm_tune.curve import facts_of
 from dsm_tune.errors import ModelError
+from dsm_tune.inputs import CURVE_IMAGES
+from dsm_tune.measuring.images import SUFFIXES, load_image
 from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.merging.joining import Tokens
+from dsm_tune.merging.loading import create_model
 from dsm_tune.merging.merged import merged, trace
 from dsm_tune.merging.published import dsm_plan, tome_plan
 from dsm_tune.plan import MergePlan
+from dsm_tune.reviewing.curves import curves_apart
+from dsm_tune.reviewing.pictures import encoded
 
+FEW = 4  # images, of random weights
 BEGIN, END = "<!-- families -->", "<!-- end of families -->"
 
 
@@ -189,10 +202,69 @@ def reason(name: str) -> str:
     raise AssertionError(f"{name} is not refused")
 
 
+def curve_of(family: Family, options: argparse.Namespace) -> dict[str, Any]:
+    """The similarity curve of one model of a family: of one with weights, where there is one."""
+    files = dict(text.partition("=")[::2] for text in options.weights)
+    name = next((name for name in family.models if name in files), next(iter(family.models)))
+    print(f"{family.name}: {name} …", file=sys.stderr)
+    kwargs = {key: value for key, value in family.models[name].items() if key != "depth"}
+    torch.manual_seed(0)
+    file, pretrained = files.get(name), options.pretrained and name not in files
+    model = create_model(name, checkpoint=file, pretrained=pretrained, model_kwargs=kwargs)
+    is_random = file is None and not pretrained
+    found = sorted(file for file in Path(options.images).rglob("*") if file.suffix in SUFFIXES)
+    some = found[: FEW if is_random else CURVE_IMAGES]  # labels are not needed, nor read
+    images = torch.cat([load_image(file, model) for file in some])
+    return {
+        "model": f"{family.name}: {name}",
+        "weights": "random" if is_random else "given",
+        **facts_of(model, images, seed=0),
+    }
+
+
+def draw_curves(options: argparse.Namespace) -> None:
+    """Draw one curve per family, and say where each begins to converge."""
+    if not any(file.suffix in SUFFIXES for file in Path(options.images).rglob("*")):
+        sys.exit(f"skipped: there are no images in {options.images}; name --images")
+    curves = [curve_of(family, options) for family in FAMILIES]
+    for one in curves:
+        share = one["stability"].get(str(one["delay"]), 0.0)
+        found = f"D = {one['delay']} in {share:.0%} of resamples"
+        if not one["transition"]:
+            found = f"D = {one['delay']}, depth / 6: no transition"
+        words = "random weights: D means nothing" if one["weights"] == "random" else found
+        print(f"{one['model']}: {len(one['similarity_curve'])} blocks, {words}")
+    figure = curves_apart(curves, f"Similarity curves of {len(curves)} families")
+    form = Path(options.curves).suffix.lower().removeprefix(".")
+    Path(options.curves).write_bytes(encoded(figure, form))
+
+
 def main() -> None:
-    """Run all models and print the table that stands in the README."""
+    """Run all models and print the table that stands in the README, or draw curves."""
+    chosen = parser()
+    options = chosen.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if options.curves is None:
+        print_table()
+    elif Path(options.curves).suffix.lower() not in (".png", ".svg"):
+        chosen.error(f"--curves must end in .png or .svg, but got {options.curves}")
+    else:
+        draw_curves(options)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What may be asked for."""
+    found = argparse.ArgumentParser(description=__doc__)
+    found.add_argument("--curves", metavar="FILE", help="draw similarity curves: .png or .svg")
+    found.add_argument("--images", default=str(SHARED / "photos"), help="of curves")
+    found.add_argument("--weights", metavar="NAME=FILE", action="append", default=[])
+    found.add_argument("--pretrained", action="store_true", help="download timm's weights")
+    return found
+
+
+def print_table() -> None:
+    """Run all models and print the table that stands in the README."""
     heads = {"token": "class token", "avg": "mean", "map": "attention", "distilled": "two tokens"}
     print(BEGIN)
     print("| family | run here | head | prefix tokens |\n|---|---|---|---|")

@@ -41,11 +41,14 @@ def test_help_imports_nothing_heavy_and_takes_half_a_second(arguments: list[str]
 
 
 def test_help_fits_eighty_columns_and_names_every_verb(call: Callable[..., Ended]) -> None:
-    for arguments in (["--help"], *([verb, "--help"] for verb in ("tune", "bench", "draw", "ui"))):
+    for arguments in (
+        ["--help"],
+        *([verb, "--help"] for verb in ("tune", "bench", "draw", "paper", "ui")),
+    ):
         ended = call(*arguments)
         assert ended.code == 0
         assert max(map(len, ended.out.splitlines())) <= 80
-    names = "tune resume show curve profile bench draw export verify sync doctor ui"
+    names = "tune resume show curve profile bench draw paper export verify sync doctor ui"
     for verb in names.split():
         assert f"  {verb} " in call("--help").out
 

@@ -1,0 +1,1 @@
+"""The DSM paper's tables and figures, redone: what is printed, beside what is computed here."""

@@ -104,7 +104,8 @@ class TargetDevice:
         return Target(inputs.model, batch, self.device, config.dtype, self.threads, config.runtime)
 
     def _alone(self, cluster: Cluster, call: Callable[..., Any], *arguments: Any) -> Any:
-        cpus = self.threads if cluster.address else min(self.threads, cluster.workers)
+        most = engine.most_cpus() if cluster.address else cluster.workers  # more would never come
+        cpus = min(self.threads, most)
         # On this machine the crew holds the GPUs, and waits while something is timed.
         gpus = float(self.device.startswith("cuda") and cluster.address is not None)
         return engine.run_alone(call, *arguments, cpus=cpus, gpus=gpus)

@@ -13,14 +13,14 @@ from typing import NoReturn
 
 import click
 
-from dsm_tune.cli import methods, models, production, stores, studies
+from dsm_tune.cli import cluster, methods, models, production, stores, studies
 from dsm_tune.cli.exits import BAD_INPUT, DEFECT, DONE, INTERRUPTED, end, fail
 from dsm_tune.cli.group import verbs
 from dsm_tune.errors import DsmTuneError, nearest
 
 __all__ = ["main"]
 
-ROOMS = studies, models, methods, production, stores  # in the order in which they are used
+ROOMS = studies, cluster, models, methods, production, stores  # in the order in which they are used
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

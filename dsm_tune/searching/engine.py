@@ -34,7 +34,7 @@ from dsm_tune.results import Evaluation
 from dsm_tune.searching.search import Job, Search
 from dsm_tune.searching.worker import Evaluate, Member, Worker
 
-__all__ = ["Cluster", "Crew", "connected", "run_alone", "run_search"]
+__all__ = ["Cluster", "Crew", "connected", "most_cpus", "run_alone", "run_search"]
 
 RERUNS = 2  # of a job whose process died
 WARM_UP_SECONDS = 30.0  # that the first worker waits for the last
@@ -65,7 +65,8 @@ def connected(cluster: Cluster) -> Iterator[None]:
         ConfigError: if the cluster cannot be reached.
     """
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial is in the study
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token to the home folder
+    if cluster.address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token at home
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # the search ends itself, see _interrupts
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # leave CUDA_VISIBLE_DEVICES alone
@@ -342,6 +343,12 @@ def run_alone(function: Callable[..., Any], *arguments: Any, cpus: int, gpus: fl
 
     alone = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1)(call)
     return ray.get(alone.remote(*arguments))
+
+
+def most_cpus() -> int:
+    """CPUs of the node of the cluster that has most; at least 1."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return max([1, *(int(resources.get("CPU", 0)) for resources in nodes)])
 
 
 class Crew:

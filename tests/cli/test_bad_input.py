@@ -110,6 +110,7 @@ def test_a_budget_is_a_number_above_zero_or_a_percentage(
         ("trials = ", "tune.toml: --config must be TOML in UTF-8"),
         ("trials = " + "[" * 5000 + "]" * 5000, "tune.toml: --config must be TOML in UTF-8"),
         ("seed = 0x" + "f" * 5000, "seed must be an integer, but got a int too large to print"),
+        ("max_drop = " + "9" * 400, "tune.toml: max_drop must be a number, but got 9999"),
     ],
 )
 def test_a_configuration_file_is_checked_by_file_and_key(

@@ -132,9 +132,10 @@ def _command(verb: str, study: str, storage: str | None) -> str:
 def write(result: TuneResult, values: Any, storage: str | None, *, front: bool) -> None:
     """Print a study's answer: the one JSON document, or words, a table and what to type next."""
     from dsm_tune.cli.terminal import emit, to_json, write_result
+    from dsm_tune.reviewing.stores import redact
 
     if values.get("as_json"):
-        emit(to_json(result.to_dict()))
+        emit(to_json({**result.to_dict(), "tracking_uri": redact(result.tracking_uri)}))
         return
     show, resumed = (_command(verb, result.study, storage) for verb in ("show", "resume"))
     trials = sum(result.trials[state] for state in ("complete", "pruned", "failed"))

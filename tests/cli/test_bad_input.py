@@ -66,6 +66,7 @@ def refused(call: Call, *arguments: str) -> str:
         (["profile", "-o", "/proc"], "--output must be a file that can be written, but /proc"),
         (["ui"], "there is no MLflow store at"),
         ([*BUDGET, "--ray-address", "127.0.0.1:1"], "--ray-address must be a Ray cluster that"),
+        ([*BUDGET, "--ray-address", "http://a:8265"], "a dashboard; `dsm-tune submit` takes those"),
         ([*BUDGET, "--tracking-uri", "runs"], "the MLflow tracking URI must not be a folder"),
         ([*BUDGET, "--device-profile", "no.json"], "--device-profile must be a readable file"),
         ([*BUDGET, "--config", "no.toml"], "--config must be a readable file, but no.toml"),

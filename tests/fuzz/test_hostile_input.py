@@ -214,6 +214,8 @@ def read_bundle(folder: Path) -> None:
     found = open_bundle(folder)
     assert found.plan.geometry == GEOMETRY
     assert len(found.pixels) == len(found.outputs)
+    with torch.inference_mode():
+        assert len(found.merged(found.pixels[:1].to(next(found.dense.parameters()).dtype))) == 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,15 +265,15 @@ def changes(contents: dict[str, bytes]) -> st.SearchStrategy[Change]:
         raw = damaged([contents[name]])
         if name in parsed:
             return st.one_of(raw, mutated(parsed[name]).map(lambda one: json_text(one).encode()))
-        return st.one_of(raw, raw, st.none())
+        return st.one_of(raw, raw, raw, raw, st.none())
 
-    names = st.sampled_from(sorted(contents))
+    names = st.sampled_from((*sorted(contents), *texts, *texts, "model.safetensors"))
     file = names.flatmap(lambda name: st.tuples(st.just(name), new_content(name)))
     return st.builds(
         lambda file, manifest, signed: Change(*file, manifest, signed),
         file,
-        st.one_of(st.just({}), forged),
-        st.booleans(),
+        st.one_of(st.just({}), st.just({}), forged),
+        st.sampled_from((True, True, True, True, False)),
     )
 
 

@@ -250,7 +250,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         apply(change, inside)
         return inside
 
-    SUBJECTS["bundle"] = Subject(changes(contents), write, read_bundle, few=120, many=3_000)
+    SUBJECTS["bundle"] = Subject(changes(contents), write, read_bundle, few=60, many=1_500)
     return folder
 
 

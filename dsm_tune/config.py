@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,14 +166,24 @@ class TuneConfig:
         """What makes two configurations the same study: all that can change a trial."""
         return {key: value for key, value in self.to_dict().items() if key not in FREE}
 
+    def words(self, also: Collection[str] = ()) -> list[str]:
+        """Arguments of the command line that repeat this tune: what differs from the defaults.
+
+        Args:
+            also: of ``storage``, ``tracking_uri`` and ``ray_address``, which mean something else
+                elsewhere, those to name too.
+        """
+        words = []
+        for name, value in self._told(also):
+            words.append(_option(name))
+            if value is not True:
+                words.append(value if isinstance(value, str) else json.dumps(value, default=str))
+        return words
+
     @property
     def command(self) -> str:
-        """The command line that repeats this tune: what differs from the defaults."""
-        words = ["dsm-tune"]
-        for name, value in self._told():
-            shown = value if isinstance(value, str) else json.dumps(value, default=str)
-            words.append(_option(name) + ("" if value is True else f" {shlex.quote(shown)}"))
-        return " ".join(words)
+        """The command line that repeats this tune."""
+        return shlex.join(["dsm-tune", *self.words()])
 
     @property
     def toml(self) -> str:
@@ -184,9 +194,9 @@ class TuneConfig:
             lines.append(f"{name} = {json.dumps(plain)}")
         return "\n".join(lines) + "\n"
 
-    def _told(self) -> list[tuple[str, Any]]:
+    def _told(self, also: Collection[str] = ()) -> list[tuple[str, Any]]:
         """What differs from the defaults and means the same elsewhere."""
-        private = ("storage", "tracking_uri", "ray_address")
+        private = {"storage", "tracking_uri", "ray_address"} - set(also)
         told = []
         for field in dataclasses.fields(self):
             value = self.to_dict()[field.name]

@@ -202,6 +202,8 @@ def check_cluster(address: str | None) -> Check:
     if address in (None, "local", "auto"):
         found = "a running one is looked for" if address == "auto" else "a local one is started"
         return Check("Ray", "ok", f"{found} for each tune")
+    if str(address).startswith(("http://", "https://")):
+        return Check("Ray", "failed", f"{address} is a dashboard; `dsm-tune submit` takes those")
     host, mark, port = str(address).removeprefix("ray://").rpartition(":")
     if not mark or not port.isdigit():
         return Check("Ray", "failed", f"--ray-address must be HOST:PORT, but got {address!r:.80}")

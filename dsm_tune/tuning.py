@@ -267,7 +267,7 @@ class _Tune:
 
     def _stored_config(self) -> dict[str, Any]:
         by_name = isinstance(self.config.model, str)
-        return {**self.config.to_dict(), "by_name": by_name}
+        return {**self.config.to_dict(), "storage": None, "by_name": by_name}  # may hold a password
 
     def _find(self, identity: dict[str, Any], but: Collection[str]) -> Study | None:
         """Open the study of this name, if there is one; it may differ in what ``but`` names."""

@@ -35,6 +35,7 @@ from starlette.routing import Route
 
 from dsm_tune.errors import DsmTuneError
 from dsm_tune.exporting.manifest import Manifest, read_files
+from dsm_tune.exporting.preprocessing import read_preprocessing
 
 MOST_BYTES = 16 << 20  # of a request
 MOST_PIXELS = 50_000_000  # of an image
@@ -63,7 +64,7 @@ class Model:
         self.session = onnxruntime.InferenceSession(
             found["model.onnx"], options, providers=["CPUExecutionProvider"]
         )
-        self.numbers = json.loads(found["preprocess.json"])
+        self.numbers = read_preprocessing(found["preprocess.json"])
         self.shape = tuple(self.numbers["input_size"])
         if self.numbers["crop_mode"] not in ("center", "squash"):
             raise SystemExit(f"the crop mode {self.numbers['crop_mode']} is not served here")

@@ -32,6 +32,7 @@ __all__ = [
     "SEED",
     "STORAGE",
     "STORES",
+    "SUBMIT",
     "TUNE",
     "Given",
     "Whole",
@@ -69,7 +70,7 @@ class Number(click.ParamType[float]):
         """Read one; a truth value is none, nor is NaN."""
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             number = math.nan
         if math.isnan(number):
             self.fail(f"must be a number, but got {shown(value)}", param, ctx)
@@ -196,8 +197,9 @@ TRACKING = option(
     "--tracking-uri", metavar="URL", help="Of MLflow. [MLFLOW_TRACKING_URI, or mlflow.db here]"
 )
 RAY = option("--ray-address", metavar="ADDRESS", help="[RAY_ADDRESS, or a Ray of its own]")
+DASHBOARD = option("--ray-address", metavar="URL", help="Of its dashboard. [RAY_ADDRESS]")
 STORES = (STORAGE, TRACKING)
-RESUMED = (
+ENDS = (
     option("--trials", type=Whole(), metavar="N", help="Distinct plans to evaluate. [60]"),
     option(
         "--timeout",
@@ -206,9 +208,8 @@ RESUMED = (
         help="Ends the search early, keeps all. [600; none for the demo]",
     ),
     option("--workers", type=Whole(), metavar="N", help="Trials at a time. [one per core or GPU]"),
-    RAY,
-    *STORES,
 )
+RESUMED = (*ENDS, RAY, *STORES)
 LEVEL = (
     option("-v", "--verbose", is_flag=True, help="Every trial; tracebacks of defects."),
     option("-q", "--quiet", is_flag=True, help="Errors only on stderr."),
@@ -217,7 +218,7 @@ OUTPUT = (
     option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else."),
     *LEVEL,
 )
-TUNE = (
+ASKED = (
     *BUDGETS,
     option(
         "--max-drop",
@@ -231,14 +232,25 @@ TUNE = (
     *DEVICE,
     option("--device-profile", metavar="FILE", help="Of `dsm-tune profile`, for another device."),
     option("--search-space", metavar="NAME|FILE", help="default, paper, wide or TOML. [default]"),
-    *RESUMED,
+    *ENDS,
+    *STORES,
     option("--study", metavar="NAME", help="[made of model, budget and configuration]"),
     option("--experiment", metavar="NAME", help="[MLFLOW_EXPERIMENT_NAME, or dsm-tune]"),
     *SEED,
     option(
         "--config", metavar="FILE", help="TOML with any of these options; the command line wins."
     ),
+)
+TUNE = (
+    *ASKED,
+    RAY,
     option("--dry-run", is_flag=True, help="Say what is reachable and how long it takes; stop."),
+    *OUTPUT,
+)
+SUBMIT = (
+    *ASKED,
+    DASHBOARD,
+    option("--driver-resource", metavar="NAME", help="Ray resource of the job's node. [the head]"),
     *OUTPUT,
 )
 

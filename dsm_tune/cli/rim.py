@@ -13,14 +13,15 @@ from typing import NoReturn
 
 import click
 
-from dsm_tune.cli import methods, models, paper, production, stores, studies
+from dsm_tune.cli import cluster, methods, models, paper, production, stores, studies
 from dsm_tune.cli.exits import BAD_INPUT, DEFECT, DONE, INTERRUPTED, end, fail
 from dsm_tune.cli.group import verbs
 from dsm_tune.errors import DsmTuneError, nearest
 
 __all__ = ["main"]
 
-ROOMS = studies, models, methods, paper, production, stores  # in the order in which they are used
+# in the order in which they are used
+ROOMS = studies, cluster, models, methods, paper, production, stores
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

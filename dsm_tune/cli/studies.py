@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dsm_tune.config import TuneConfig
     from dsm_tune.results import TuneResult
 
-__all__ = ["resume", "show", "tune"]
+__all__ = ["resume", "show", "tune", "write"]
 
 
 @verbs.command()
@@ -74,7 +74,7 @@ def show(study: str, storage: str | None, **values: Any) -> int:
 
     budgets = {name: values[name] for name in ("budget_ms", "budget_gflops")}
     result = show_study(study, storage=storage, **budgets)
-    _write(result, values, storage, front=True)
+    write(result, values, storage, front=True)
     decided = result.status in ("done", "infeasible") or not result.budget.satisfiable
     return INFEASIBLE if result.chosen is None and decided else DONE
 
@@ -88,7 +88,7 @@ def _search(
             result = work(terminal)
     except KeyboardInterrupt:
         return _interrupted(study, storage)
-    _write(result, values, storage, front=False)
+    write(result, values, storage, front=False)
     if result.status == "interrupted":
         return _interrupted(study, storage)
     return DONE if result.chosen is not None else INFEASIBLE
@@ -129,11 +129,13 @@ def _command(verb: str, study: str, storage: str | None) -> str:
     return " ".join(words)
 
 
-def _write(result: TuneResult, values: Any, storage: str | None, *, front: bool) -> None:
+def write(result: TuneResult, values: Any, storage: str | None, *, front: bool) -> None:
+    """Print a study's answer: the one JSON document, or words, a table and what to type next."""
     from dsm_tune.cli.terminal import emit, to_json, write_result
+    from dsm_tune.reviewing.stores import redact
 
     if values.get("as_json"):
-        emit(to_json(result.to_dict()))
+        emit(to_json({**result.to_dict(), "tracking_uri": redact(result.tracking_uri)}))
         return
     show, resumed = (_command(verb, result.study, storage) for verb in ("show", "resume"))
     trials = sum(result.trials[state] for state in ("complete", "pruned", "failed"))

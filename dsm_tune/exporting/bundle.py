@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from dsm_tune import demo
 from dsm_tune.errors import BundleError, DsmTuneError, ModelError, first_line, shown
 from dsm_tune.exporting.manifest import MANIFEST, Manifest, digest_of, read_files
+from dsm_tune.exporting.preprocessing import FIELDS, read_preprocessing
 from dsm_tune.merging.backbone import image_size, read_geometry
 from dsm_tune.merging.loading import create_model
 from dsm_tune.merging.merged import merged_view
-from dsm_tune.plan import MergePlan
+from dsm_tune.plan import Geometry, MergePlan
 from dsm_tune.versions import versions
 
 __all__ = [
@@ -50,7 +51,6 @@ FORBIDDEN = (
 )
 WEIGHTS, PLAN, PROBES = "model.safetensors", "plan.json", "probes.safetensors"
 PREPROCESSING = "preprocess.json"
-TRANSFORM = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,19 +112,33 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
         dense = _build(manifest, weights)
         if read_geometry(dense) != plan.geometry:
             raise BundleError(f"{path / PLAN}: the plan is for another model than {MANIFEST} names")
-        preprocessing = json.loads(content[PREPROCESSING])
+        preprocessing = read_preprocessing(content[PREPROCESSING])
         _remember(dense, preprocessing)
-        return Bundle(manifest, plan, dense, preprocessing, probes["pixels"], probes["outputs"])
+        pixels, outputs = probes["pixels"], probes["outputs"]
+        _check_probes(pixels, outputs, plan.geometry)
+        return Bundle(manifest, plan, dense, preprocessing, pixels, outputs)
     except BundleError:
         raise
     except (DsmTuneError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"{path}: the bundle cannot be used: {first_line(error)}") from None
 
 
+def _check_probes(pixels: Tensor, outputs: Tensor, geometry: Geometry) -> None:
+    """Refuse probes that the model could not be run on, or compared with."""
+    sides = pixels.shape[2:]
+    is_image = pixels.ndim == 4 and pixels.shape[1] == 3 and len(pixels) > 0
+    fits = is_image and tuple(side // geometry.patch for side in sides) == geometry.grid
+    numbers = pixels.is_floating_point() and outputs.is_floating_point()
+    if not (fits and numbers and outputs.ndim == 2 and len(outputs) == len(pixels)):
+        raise BundleError(
+            f"{PROBES} must hold pixels [n, 3, H, W] for a grid of {geometry.grid} patches and "
+            f"outputs [n, K], but got {list(pixels.shape)} and {list(outputs.shape)}"
+        )
+
+
 def _remember(model: Any, preprocessing: Mapping[str, Any]) -> None:
     """Give a model the transform of the exported one: by its weights, a name has several."""
-    numbers = {name: preprocessing[name] for name in TRANSFORM}
-    model.pretrained_cfg = {**(model.pretrained_cfg or {}), **numbers}
+    model.pretrained_cfg = {**(model.pretrained_cfg or {}), **preprocessing}
 
 
 def _tensors(content: bytes, where: Path) -> dict[str, Tensor]:
@@ -190,7 +204,7 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any]:
     """Numbers of the transform that a model wants (timm's, at the size of its ``patch_embed``)."""
     config = dict(resolve_model_data_config(model))
     config["input_size"] = (3, *image_size(model))
-    return {name: config[name] for name in TRANSFORM}
+    return {name: config[name] for name in FIELDS}
 
 
 def write(

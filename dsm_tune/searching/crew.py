@@ -13,10 +13,10 @@ from typing import Any
 import ray
 from ray.util import ActorPool
 
-from dsm_tune.errors import ConfigError
+from dsm_tune.errors import ConfigError, first_line
 from dsm_tune.searching.worker import Member
 
-__all__ = ["Cluster", "Crew", "connected", "run_alone"]
+__all__ = ["Cluster", "Crew", "connected", "most_cpus", "run_alone"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,8 @@ def connected(cluster: Cluster) -> Iterator[None]:
         ConfigError: if the cluster cannot be reached.
     """
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial is in the study
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token to the home folder
+    if cluster.address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token at home
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # the search ends itself, see _interrupts
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # leave CUDA_VISIBLE_DEVICES alone
@@ -69,9 +70,8 @@ def connected(cluster: Cluster) -> Iterator[None]:
         ray.init(**options)
     except Exception as error:  # Ray raises many kinds: refused, timed out, another version
         where = cluster.address or "this machine"
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"--ray-address must be a Ray cluster that answers: {where}: {line[:200]}"
+            f"--ray-address must be a Ray cluster that answers: {where}: {first_line(error)}"
         ) from None
     try:
         yield
@@ -102,6 +102,12 @@ def run_alone(function: Callable[..., Any], *arguments: Any, cpus: int, gpus: fl
 
     alone = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1)(call)
     return ray.get(alone.remote(*arguments))
+
+
+def most_cpus() -> int:
+    """CPUs of the node of the cluster that has most; at least 1."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return max([1, *(int(resources.get("CPU", 0)) for resources in nodes)])
 
 
 class Crew:

@@ -19,7 +19,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import Trial as OptunaTrial
 from optuna.trial import TrialState, create_trial
 
-from dsm_tune.errors import StudyError, nearest
+from dsm_tune.errors import StudyError, first_line, nearest
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Evaluation
 from dsm_tune.searching.samplers import quietly, sampled
@@ -90,7 +90,7 @@ def _open(url: str, *, create: bool) -> RDBStorage:
     except Exception as error:  # drivers raise their own kinds: unreachable, unwritable, malformed
         raise StudyError(
             f"the study store {address.render_as_string(hide_password=True)} must be readable and "
-            f"writable, but: {_first_line(error)}"
+            f"writable, but: {first_line(error)}"
         ) from None
 
 
@@ -104,10 +104,6 @@ def _has_studies(address: sqlalchemy.URL) -> bool:
 
 def _timeouts(address: sqlalchemy.URL) -> dict[str, Any]:
     return {"timeout": 60} if address.get_backend_name() == "sqlite" else {}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def study_names(url: str) -> list[str]:
@@ -148,7 +144,7 @@ class Study:
             raise StudyError(f"the study {name!r} exists already in this store") from None
         except Exception as error:
             raise StudyError(
-                f"the study store must be writable, but: {_first_line(error)}"
+                f"the study store must be writable, but: {first_line(error)}"
             ) from None
         made = cls(storage, study)
         for key, value in facts.items():

@@ -66,6 +66,7 @@ def refused(call: Call, *arguments: str) -> str:
         (["profile", "-o", "/proc"], "--output must be a file that can be written, but /proc"),
         (["ui"], "there is no MLflow store at"),
         ([*BUDGET, "--ray-address", "127.0.0.1:1"], "--ray-address must be a Ray cluster that"),
+        ([*BUDGET, "--ray-address", "http://a:8265"], "a dashboard; `dsm-tune submit` takes those"),
         ([*BUDGET, "--tracking-uri", "runs"], "the MLflow tracking URI must not be a folder"),
         ([*BUDGET, "--device-profile", "no.json"], "--device-profile must be a readable file"),
         ([*BUDGET, "--config", "no.toml"], "--config must be a readable file, but no.toml"),
@@ -110,6 +111,7 @@ def test_a_budget_is_a_number_above_zero_or_a_percentage(
         ("trials = ", "tune.toml: --config must be TOML in UTF-8"),
         ("trials = " + "[" * 5000 + "]" * 5000, "tune.toml: --config must be TOML in UTF-8"),
         ("seed = 0x" + "f" * 5000, "seed must be an integer, but got a int too large to print"),
+        ("max_drop = " + "9" * 400, "tune.toml: max_drop must be a number, but got 9999"),
     ],
 )
 def test_a_configuration_file_is_checked_by_file_and_key(

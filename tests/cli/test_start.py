@@ -43,12 +43,12 @@ def test_help_imports_nothing_heavy_and_takes_half_a_second(arguments: list[str]
 def test_help_fits_eighty_columns_and_names_every_verb(call: Callable[..., Ended]) -> None:
     for arguments in (
         ["--help"],
-        *([verb, "--help"] for verb in ("tune", "bench", "draw", "paper", "ui")),
+        *([verb, "--help"] for verb in ("tune", "submit", "bench", "draw", "paper", "ui")),
     ):
         ended = call(*arguments)
         assert ended.code == 0
         assert max(map(len, ended.out.splitlines())) <= 80
-    names = "tune resume show curve profile bench draw paper export verify sync doctor ui"
+    names = "tune resume show submit curve profile bench draw paper export verify sync doctor ui"
     for verb in names.split():
         assert f"  {verb} " in call("--help").out
 
@@ -56,3 +56,11 @@ def test_help_fits_eighty_columns_and_names_every_verb(call: Callable[..., Ended
 def test_tune_has_every_option_of_the_configuration() -> None:
     options = {param.name for param in verbs.commands["tune"].params}
     assert {field.name for field in dataclasses.fields(TuneConfig)} <= options
+
+
+def test_submit_has_every_option_of_tune_but_the_dry_run() -> None:
+    of_tune, of_submit = (
+        {param.name for param in verbs.commands[verb].params} for verb in ("tune", "submit")
+    )
+    assert of_tune - of_submit == {"dry_run"}
+    assert of_submit - of_tune == {"driver_resource"}

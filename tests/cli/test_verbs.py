@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import signal
@@ -14,6 +15,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -24,6 +26,7 @@ from command_line import Ended, contents, environment, start
 from dsm_tune import target, tuning
 from dsm_tune.cli.group import verbs
 from dsm_tune.cli.options import TIMEOUT, Mapped, gather
+from dsm_tune.cli.studies import write
 from dsm_tune.cli.terminal import Terminal, printable, to_json
 from dsm_tune.plan import Geometry, MergePlan
 from dsm_tune.profile import DeviceProfile
@@ -148,6 +151,14 @@ def test_a_broken_pipe_is_quiet(tmp_path: Path) -> None:
 
 def test_messages_are_one_printable_line() -> None:
     assert printable("a\nb\x1b[31m\tc") == "a b [31m c"
+
+
+def test_the_document_names_no_password(capsys: pytest.CaptureFixture[str]) -> None:
+    uri = "postgresql://me:hush@db.example/mlflow"
+    result: Any = SimpleNamespace(tracking_uri=uri, to_dict=lambda: {"tracking_uri": uri})
+    write(result, {"as_json": True}, None, front=False)
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == {"tracking_uri": "postgresql://***@db.example/mlflow"}
 
 
 def test_json_has_null_for_what_is_no_number() -> None:

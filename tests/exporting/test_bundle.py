@@ -187,6 +187,21 @@ def test_weights_of_another_model_are_refused(exported: Path, tmp_path: Path) ->
         open_bundle(folder)
 
 
+@pytest.mark.parametrize(
+    ("pixels", "outputs"),
+    [((2, 3, 8, 8), (2, 10)), ((2, 1, 28, 28), (2, 10)), ((0, 3, 28, 28), (0, 10)), ((2,), (2,))],
+)
+def test_probes_that_the_model_cannot_be_run_on_are_refused(
+    exported: Path, tmp_path: Path, pixels: tuple[int, ...], outputs: tuple[int, ...]
+) -> None:
+    folder = copied(exported, tmp_path)
+    probes = {"pixels": torch.zeros(pixels), "outputs": torch.zeros(outputs)}
+    (folder / "probes.safetensors").write_bytes(safetensors.torch.save(probes))
+    signed_anew(folder)
+    with pytest.raises(BundleError, match=r"probes.safetensors must hold pixels \[n, 3, H, W\]"):
+        dsm_tune.load_bundle(folder)
+
+
 def test_a_newer_format_is_named(exported: Path, tmp_path: Path) -> None:
     folder = copied(exported, tmp_path)
     text = (folder / MANIFEST).read_text().replace(FORMAT, "dsm_tune.bundle/2")

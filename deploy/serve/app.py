@@ -61,6 +61,8 @@ class Model:
             raise SystemExit(f"{folder} has no model.onnx; `dsm-tune export … --to onnx` adds it")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Threads that spin for work take the cores from those that decode the next images.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(
             found["model.onnx"], options, providers=["CPUExecutionProvider"]
         )

@@ -110,7 +110,7 @@ def _one(axes: Any, one: Curve) -> None:
         if delay > 0:
             axes.axvspan(-0.5, delay - 0.5, color="#E9E9E9", zorder=0)
         axes.plot([delay], [values[delay]], "*", color=COLOURS["chosen"], markersize=13)
-    name = "\n".join(textwrap.wrap(_plain(one["model"]), 34)[:2])
+    name = "\n".join(textwrap.wrap(_plain(one["model"]), 34)[:3])
     axes.set_title(f"{name}\n{_delay_words(one)}", fontsize=7.5, loc="left")
     axes.set_xlim(-0.5, len(values) - 0.5)
     middle = (min(values) + max(values)) / 2

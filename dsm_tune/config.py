@@ -23,6 +23,7 @@ DEMO_MODEL = "dsm_tune_demo"
 STATS = ("p50", "p90", "p99")
 DTYPES = ("float32", "float16", "bfloat16")
 RUNTIMES = ("eager", "onnx", "cudagraphs")
+MOST_THREADS = 1024
 # What may differ between a study and its resumption: it changes no trial.
 FREE = (
     "trials",
@@ -103,6 +104,8 @@ class TuneConfig:
         for name in ("img_size", "threads", "workers"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)
+        if (self.threads or 0) > MOST_THREADS:
+            raise ConfigError(f"--threads must be at most {MOST_THREADS}, but got {self.threads}")
         _one_of("latency_stat", self.latency_stat, STATS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("runtime", self.runtime, RUNTIMES)

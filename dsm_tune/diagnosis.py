@@ -17,7 +17,7 @@ from pathlib import Path
 from dsm_tune.errors import DsmTuneError, first_line
 from dsm_tune.versions import project, version
 
-__all__ = ["Check", "check_cluster", "check_database", "diagnose"]
+__all__ = ["Check", "check_cluster", "check_database", "check_mlflow", "diagnose"]
 
 SECONDS = 5.0  # to wait for something on the network
 LEAST_SHM = 256 << 20  # bytes of shared memory that Ray wants for its objects
@@ -50,7 +50,7 @@ def diagnose(
     yield from _devices()
     yield _shared_memory()
     yield _study_store(storage)
-    yield _mlflow_store(tracking_uri)
+    yield check_mlflow(tracking_uri)
     yield check_cluster(ray_address or os.environ.get("RAY_ADDRESS") or None)
 
 
@@ -133,7 +133,8 @@ def _study_store(url: str | None) -> Check:
     return check_database("study store", absolute_storage(url, Path.cwd()))
 
 
-def _mlflow_store(uri: str | None) -> Check:
+def check_mlflow(uri: str | None) -> Check:
+    """Look whether the tracking store answers."""
     from dsm_tune.reviewing.stores import redact, resolve_tracking_uri
 
     try:

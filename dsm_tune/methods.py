@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +26,7 @@ __all__ = [
 
 METHODS = ("tome", "dsm")
 MOST_RATES = 100
+LARGEST_PLAN = 16 << 20  # bytes
 LEAST_DIGITS = 8  # of a run id that stands for it
 
 
@@ -101,11 +104,17 @@ def read_plan(file: str, geometry: Geometry) -> MergePlan:
         PlanError: if it is no plan, or one for another geometry.
     """
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        status = os.stat(file)
+        is_file = stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST_PLAN
+        text = Path(file).read_text(encoding="utf-8") if is_file else None
     except OSError as error:
         raise ConfigError(f"--plan must be a readable file, but {file}: {error.strerror}") from None
     except ValueError:
         raise ConfigError(f"--plan must be JSON in UTF-8, but {file} is not") from None
+    if text is None:
+        raise ConfigError(
+            f"--plan must be a regular file of at most {LARGEST_PLAN} bytes, but {file} is not"
+        )
     try:
         plan = MergePlan.from_json(text)
     except PlanError as error:

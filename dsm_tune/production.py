@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsm_tune import demo
-from dsm_tune.errors import BundleError, ModelError
+from dsm_tune import demo, diagnosis
+from dsm_tune.errors import BundleError, ModelError, StudyError
 from dsm_tune.exporting import bundle, formats, mlflow_model, proof
 from dsm_tune.exporting.card import card_of
 from dsm_tune.exporting.folders import check_target, written_whole
-from dsm_tune.exporting.manifest import MANIFEST, Manifest, read_files
+from dsm_tune.exporting.manifest import Manifest, is_bundle, read_files
 from dsm_tune.exporting.proof import Proof
 from dsm_tune.inputs import load_model
 from dsm_tune.measuring.images import load_folder
@@ -84,9 +84,11 @@ def export(
         ModelError: if what was written does not give the eager model's outputs.
     """
     folder = Path(output).absolute()
+    store = tracking_uri or source.tracking_uri
     if register is not None:
         mlflow_model.check_name(register)
-    check_target(folder, "MLmodel" if kind == "mlflow" else MANIFEST)
+        _check_store(store)
+    check_target(folder, mlflow_model.is_model if kind == "mlflow" else is_bundle)
     tolerance = proof.TOLERANCE[source.config.dtype]
     stored = _probe_images(source, probes)
     pixels = torch.cat([stored, _known_images(source)])
@@ -118,10 +120,17 @@ def export(
                 source.plan,
                 pixels[:2],
                 name=register,
-                tracking_uri=resolve_tracking_uri(tracking_uri or source.tracking_uri, Path.cwd()),
+                tracking_uri=resolve_tracking_uri(store, Path.cwd()),
                 run_id=source.made.get("run_id"),
             )
     return Exported(str(folder), kind, source.plan.gmacs, checked.proofs, register, version)
+
+
+def _check_store(uri: str | None) -> None:
+    """Refuse a tracking store that does not answer; MLflow itself would try for minutes."""
+    found = diagnosis.check_mlflow(uri)
+    if found.status == "failed":
+        raise StudyError(f"--tracking-uri must be a store that answers, but: {found.detail}")
 
 
 def _fill(

@@ -24,7 +24,7 @@ __all__ = ["check", "dashboard_address", "entrypoint", "readable_storage", "warn
 FILES = ("checkpoint", "images", "device_profile")
 STORES = {"storage": "OPTUNA_STORAGE", "tracking_uri": "MLFLOW_TRACKING_URI"}
 SQLITE = "sqlite:///"
-SECRET = re.compile(r"(?i)[?&;](password|passwd|token|secret|api_?key)=")
+SECRET = re.compile(r"(?i)[?&;][^=&;]*(password|passwd|token|secret|key|credential)[^=&;]*=")
 
 
 def dashboard_address(given: str | None, environ: Mapping[str, str] = os.environ) -> str:
@@ -38,7 +38,7 @@ def dashboard_address(given: str | None, environ: Mapping[str, str] = os.environ
         ConfigError: if there is none, or it is that of something else.
     """
     found = given or environ.get("RAY_API_SERVER_ADDRESS") or environ.get("RAY_ADDRESS")
-    if not found or not re.fullmatch(r"https?://[^\s/@]+/?", found):
+    if not found or not re.fullmatch(r"https?://[^\s/@?#]+/?", found):
         raise ConfigError(
             "--ray-address must be the address of a cluster's dashboard, such as "
             f"http://127.0.0.1:8265, but got {redact(str(found))!r:.80}"

@@ -29,6 +29,8 @@ __all__ = ["Verdict", "verify"]
 
 SECONDS = 10.0  # of timing
 IMAGES = 256
+LARGEST = 1e9  # budget, in ms or GMACs
+MOST_AT_ONCE = 4096  # images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +85,15 @@ class Promise:
         except (DsmTuneError, TypeError) as error:
             raise BundleError(f"{MANIFEST}: made: {error}") from None
         for name, value in numbers.items():
-            if value is not None and not isinstance(value, (int, float)):
-                raise BundleError(f"{MANIFEST}: {name} must be a number, but got {shown(value)}")
+            if value is not None and not _is_figure(value):
+                raise BundleError(
+                    f"{MANIFEST}: {name} must be a number from 0 to {LARGEST:g}, "
+                    f"but got {shown(value)}"
+                )
+        if asked.batch_size > MOST_AT_ONCE:
+            raise BundleError(
+                f"{MANIFEST}: batch_size must be at most {MOST_AT_ONCE}, but got {asked.batch_size}"
+            )
         if not isinstance(described, dict):
             raise BundleError(f"{MANIFEST}: made.device.described must be an object")
         return cls(
@@ -96,6 +105,11 @@ class Promise:
             **numbers,
             described=described,
         )
+
+
+def _is_figure(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 <= value <= LARGEST  # type: ignore[operator]
 
 
 def _named(served: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,13 +160,14 @@ def verify(
         say: is told what happens.
 
     Raises:
-        ConfigError: if the folder is no bundle at all.
+        ConfigError: if the folder is no bundle at all, or the device is not there.
         ImagesError: if the images cannot be used.
     """
     path = Path(folder)
+    TuneConfig(budget_gflops="100%", device=device or "auto", threads=threads)  # checks them
     if device is not None:
-        device = TuneConfig(budget_gflops="100%", device=device).device  # checks it
-    if not (path / MANIFEST).is_file():
+        present(device_of(device))
+    if not os.path.isfile(path / MANIFEST):
         raise ConfigError(f"a bundle must be a folder with {MANIFEST}, but got {folder!r:.200}")
     try:
         found = open_bundle(path)
@@ -164,13 +179,19 @@ def verify(
     say("comparing outputs")
     findings += _outputs(found, path)
     say("timing the merged model beside the dense one")
-    where = present(device_of(device or promise.device))
+    absent = None
+    try:
+        where = present(device_of(device or promise.device))
+    except ConfigError:
+        where = "cpu"
+        told = f"{promise.device}, which it was tuned for, is not here: timed on the CPU"
+        absent = Finding("device", "warning", told)
     if promise.runtime == "cudagraphs" and not where.startswith("cuda"):
         findings.append(Finding("runtime", "warning", f"{where} has no CUDA graphs: eager"))
         promise = dataclasses.replace(promise, runtime="eager")
     quality = _quality(found, images)
     described, timed = _latency(found, promise, where, threads, seconds)
-    findings.append(_device(promise, described))
+    findings.append(absent or _device(promise, described))
     findings += _budget(found, promise, timed)
     if quality is not None:
         findings.append(_judge(promise, quality))
@@ -187,6 +208,8 @@ def _outputs(found: Bundle, folder: Path) -> Iterator[Finding]:
                 runs[f"{kind} outputs"] = formats.opened(kind, folder / file, 1)
             except ConfigError as error:
                 yield Finding(f"{kind} outputs", "warning", str(error))
+            except BundleError as error:
+                yield Finding(f"{kind} outputs", "failed", str(error))
     for name, run in runs.items():
         proof = compared(run, found.pixels, found.outputs, found.manifest.tolerance)
         yield Finding(name, "ok" if proof.holds else "failed", str(proof))

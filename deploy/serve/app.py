@@ -7,7 +7,7 @@
     GET  /readyz    200 when requests are answered
 
 Requests that wait are run together, up to --max-batch at a time; none waits for others to come.
-Every refusal is one line of JSON, {"error": …}, with a status of 4xx or 503.
+Every refusal is one line of JSON, {"error": …}, with a status of 4xx or 503; a failure is 500.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from dsm_tune.exporting.preprocessing import read_preprocessing
 
 MOST_BYTES = 16 << 20  # of a request
 MOST_PIXELS = 50_000_000  # of an image
+BODY_SECONDS = 30.0  # that a request may take to arrive
 MOST_WAITING = 256  # requests; further ones are told to come again
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 IMAGES = tuple(f"image/{name.lower()}" for name in FORMATS)
@@ -63,9 +64,12 @@ class Model:
         options.intra_op_num_threads = threads
         # Threads that spin for work take the cores from those that decode the next images.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.session = onnxruntime.InferenceSession(
-            found["model.onnx"], options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            self.session = onnxruntime.InferenceSession(
+                found["model.onnx"], options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its exceptions have no base of their own
+            raise SystemExit(f"error: {folder}/model.onnx cannot be run: {error}") from None
         self.numbers = read_preprocessing(found["preprocess.json"])
         self.shape = tuple(self.numbers["input_size"])
         if self.numbers["crop_mode"] not in ("center", "squash"):
@@ -109,6 +113,8 @@ class Model:
             return image.resize((sides[1], sides[0]), kind)
         short, long = sorted(image.size)
         scaled = sides[0], int(sides[0] * long / short)
+        if scaled[0] * scaled[1] > MOST_PIXELS:
+            raise HTTPException(413, "an image must not be so much longer than it is wide")
         return image.resize(scaled if image.width <= image.height else scaled[::-1], kind)
 
     def array_of(self, content: bytes) -> Pixels:
@@ -167,11 +173,19 @@ class Batcher:
 async def _body(request: Request) -> bytes:
     """The body, of bounded length."""
     parts, length = [], 0
-    async for part in request.stream():
-        length += len(part)
-        if length > MOST_BYTES:
-            raise HTTPException(413, f"a request must have at most {MOST_BYTES} bytes")
-        parts.append(part)
+    too_long = HTTPException(413, f"a request must have at most {MOST_BYTES} bytes")
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced[:20]) > MOST_BYTES:
+        raise too_long
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                length += len(part)
+                if length > MOST_BYTES:
+                    raise too_long
+                parts.append(part)
+    except TimeoutError:
+        raise HTTPException(408, f"a request must arrive within {BODY_SECONDS:g} s") from None
     return b"".join(parts)
 
 
@@ -209,6 +223,9 @@ def application(folder: Path, threads: int, most: int) -> Starlette:
         assert isinstance(error, HTTPException)
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
+    async def fail(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": "the server failed on this request"}, 500)
+
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         worker = asyncio.create_task(batcher.work())
@@ -224,9 +241,20 @@ def application(folder: Path, threads: int, most: int) -> Starlette:
             Route("/healthz", alive),
             Route("/readyz", ready),
         ],
-        exception_handlers={HTTPException: refuse},
+        exception_handlers={HTTPException: refuse, Exception: fail},
         lifespan=lifespan,
     )
+
+
+def _within(low: int, high: int) -> Callable[[str], int]:
+    """What reads a whole number of a range."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text[:9]) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, but got {text!r:.40}")
+        return int(text)
+
+    return read
 
 
 def main() -> None:
@@ -234,9 +262,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("bundle", type=Path, help="folder of `dsm-tune export --to onnx`")
     options.add_argument("--host", default="127.0.0.1", help="[127.0.0.1: this machine only]")
-    options.add_argument("--port", type=int, default=8080)
-    options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    options.add_argument("--max-batch", type=int, default=8)
+    options.add_argument("--port", type=_within(0, 65535), default=8080)
+    options.add_argument("--threads", type=_within(1, 1024), default=os.cpu_count() or 1)
+    options.add_argument("--max-batch", type=_within(1, 1024), default=8)
     chosen = options.parse_args()
     try:
         app = application(chosen.bundle, chosen.threads, chosen.max_batch)

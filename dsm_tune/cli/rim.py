@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -16,7 +17,7 @@ import click
 from dsm_tune.cli import cluster, methods, models, paper, production, stores, studies
 from dsm_tune.cli.exits import BAD_INPUT, DEFECT, DONE, INTERRUPTED, end, fail
 from dsm_tune.cli.group import verbs
-from dsm_tune.errors import DsmTuneError, nearest
+from dsm_tune.errors import DsmTuneError, nearest, shown
 
 __all__ = ["main"]
 
@@ -51,6 +52,10 @@ def _run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:  # ours, or of a library that we did not expect
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return fail(
+                f"a path must have shorter names, but got {shown(error.filename)}", BAD_INPUT
+            )
         is_verbose = any(re.fullmatch(r"--verbose|-[qv]*v[qv]*", word) for word in arguments)
         if is_verbose:
             traceback.print_exc()

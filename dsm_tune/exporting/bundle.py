@@ -101,7 +101,7 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
         BundleError: as :func:`load_bundle`.
     """
     path = Path(folder)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise BundleError(f"a bundle must be a folder, but got {str(folder)!r:.200}")
     manifest = Manifest.read(path)
     content = read_files(path, manifest, (PLAN, WEIGHTS, PROBES, PREPROCESSING))
@@ -109,13 +109,14 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
         plan = MergePlan.from_json(content[PLAN].decode())
         weights = _tensors(content[WEIGHTS], path / WEIGHTS)
         probes = _tensors(content[PROBES], path / PROBES)
+        _check_sizes(manifest.model["kwargs"], weights, plan.geometry)
         dense = _build(manifest, weights)
         if read_geometry(dense) != plan.geometry:
             raise BundleError(f"{path / PLAN}: the plan is for another model than {MANIFEST} names")
         preprocessing = read_preprocessing(content[PREPROCESSING])
         _remember(dense, preprocessing)
         pixels, outputs = probes["pixels"], probes["outputs"]
-        _check_probes(pixels, outputs, plan.geometry)
+        _check_probes(dense, plan.geometry, pixels, outputs)
         return Bundle(manifest, plan, dense, preprocessing, pixels, outputs)
     except BundleError:
         raise
@@ -123,16 +124,38 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
         raise BundleError(f"{path}: the bundle cannot be used: {first_line(error)}") from None
 
 
-def _check_probes(pixels: Tensor, outputs: Tensor, geometry: Geometry) -> None:
-    """Refuse probes that the model could not be run on, or compared with."""
-    sides = pixels.shape[2:]
-    is_image = pixels.ndim == 4 and pixels.shape[1] == 3 and len(pixels) > 0
-    fits = is_image and tuple(side // geometry.patch for side in sides) == geometry.grid
-    numbers = pixels.is_floating_point() and outputs.is_floating_point()
-    if not (fits and numbers and outputs.ndim == 2 and len(outputs) == len(pixels)):
+def _check_sizes(
+    kwargs: Mapping[str, Any], weights: Mapping[str, Tensor], geometry: Geometry
+) -> None:
+    """Refuse a model of other sizes than its plan and weights before any of it is made."""
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    known = {
+        "depth": geometry.depth,
+        "embed_dim": geometry.width,
+        "num_heads": geometry.heads,
+        "num_classes": geometry.classes,
+        "patch_size": geometry.patch,
+    }
+    wrong = [name for name, value in known.items() if kwargs.get(name, value) != value]
+    if depth != geometry.depth or wrong:
         raise BundleError(
-            f"{PROBES} must hold pixels [n, 3, H, W] for a grid of {geometry.grid} patches and "
-            f"outputs [n, K], but got {list(pixels.shape)} and {list(outputs.shape)}"
+            f"{MANIFEST}, {WEIGHTS} and {PLAN} must be of one model, but differ in "
+            f"{wrong[0] if wrong else 'depth'}"
+        )
+
+
+def _check_probes(model: nn.Module, geometry: Geometry, pixels: Tensor, outputs: Tensor) -> None:
+    """Refuse probes that the model could not be run on, or compared with."""
+    height, width = image_size(model)
+    dtype, classes = next(model.parameters()).dtype, geometry.classes or geometry.width
+    count = len(pixels) if pixels.ndim else 0
+    shapes = tuple(pixels.shape), tuple(outputs.shape)
+    fits = count > 0 and shapes == ((count, 3, height, width), (count, classes))
+    if not fits or {pixels.dtype, outputs.dtype} != {dtype}:
+        raise BundleError(
+            f"{PROBES} must hold pixels [n, 3, {height}, {width}] and outputs [n, {classes}] in "
+            f"{dtype}, but got {list(pixels.shape)} in {pixels.dtype} and "
+            f"{list(outputs.shape)} in {outputs.dtype}"
         )
 
 

@@ -7,35 +7,39 @@ import ctypes
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dsm_tune.errors import ConfigError
 
 __all__ = ["check_target", "written_whole"]
 
+LONGEST_NAME = 240  # bytes, of what stands beside the folder until it is whole
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 
 
-def check_target(folder: Path, mark: str) -> None:
+def check_target(folder: Path, is_ours: Callable[[Path], bool]) -> None:
     """Refuse a folder that must not be replaced.
 
     Args:
         folder: to be written.
-        mark: name of a file that every folder of this kind has.
+        is_ours: whether a folder holds an export and nothing else.
 
     Raises:
         ConfigError: if it is a file, its parent is absent, or it holds other things.
     """
-    if not folder.parent.is_dir():
+    if not os.path.isdir(folder.parent):
         raise ConfigError(f"--output must be in a folder that exists, but {folder.parent} does not")
+    if len(os.fsencode(_prefix(folder))) > LONGEST_NAME:
+        raise ConfigError(f"--output must have a shorter name, but got {folder.name!r:.60}")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ConfigError(f"--output must be a folder, but {folder} is something else")
     if folder.is_dir() and (Path.cwd() == folder or folder in Path.cwd().parents):
         raise ConfigError(f"--output must not be the current folder or above it, but is {folder}")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder):
         raise ConfigError(
-            f"--output must be new, empty or an earlier export (with {mark}), "
+            "--output must be new, empty or an earlier export of this kind and nothing else, "
             f"but {folder} holds other files"
         )
 
@@ -49,9 +53,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
     Raises:
         ConfigError: if it cannot be written.
     """
-    _remove_abandoned(folder)
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
+    fresh = folder.with_name(f"{_prefix(folder)}{os.getpid()}")
     try:
+        _remove_abandoned(folder)
         fresh.mkdir()
         try:
             yield fresh
@@ -63,11 +67,18 @@ def written_whole(folder: Path) -> Iterator[Path]:
         raise ConfigError(f"--output cannot be written: {folder}: {error.strerror}") from None
 
 
+def _prefix(folder: Path) -> str:
+    """How the name of an unfinished export begins; the number of its process follows."""
+    host = re.sub(r"[^\w-]", "-", socket.gethostname())
+    return f".{folder.name}.dsm_tune-export.{host}."
+
+
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what an export that was killed has left beside ``folder``."""
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        number = re.fullmatch(r"\d+", left.name.rpartition(".")[2])
-        if number and not _runs(int(number[0])):
+    """Remove what an export of this machine that was killed has left beside ``folder``."""
+    prefix = _prefix(folder)
+    for left in folder.parent.iterdir():
+        number = re.fullmatch(r"(\d+)(?:\.old)?", left.name.removeprefix(prefix))
+        if left.name.startswith(prefix) and number and not _runs(int(number[1])):
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -77,7 +77,10 @@ def opened(kind: str, file: Path, threads: int) -> Forward:
         BundleError: if it cannot be opened.
     """
     if kind == "onnx":
-        return session(file, threads)
+        try:
+            return session(file, threads)
+        except ModelError as error:
+            raise BundleError(f"{file}: {error}") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -17,7 +17,16 @@ from typing import Any
 
 from dsm_tune.errors import BundleError, shown
 
-__all__ = ["FORMAT", "MANIFEST", "OPTIONAL", "REQUIRED", "Manifest", "digest_of", "read_files"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "OPTIONAL",
+    "REQUIRED",
+    "Manifest",
+    "digest_of",
+    "is_bundle",
+    "read_files",
+]
 
 FORMAT = "dsm_tune.bundle/1"
 MANIFEST = "manifest.json"
@@ -106,6 +115,16 @@ class Manifest:
             if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
                 return f"the SHA-256 of {file} must have 64 hexadecimal digits"
         return ""
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder holds a bundle, sound or damaged, and nothing else."""
+    names = {path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
+    if len(names) != sum(1 for _ in folder.iterdir()) or MANIFEST not in names:
+        return False
+    with (folder / MANIFEST).open("rb") as file:
+        begins = file.read(LARGEST_MANIFEST)
+    return names <= {MANIFEST, *REQUIRED, *OPTIONAL} and b'"dsm_tune.bundle/' in begins
 
 
 def read_files(folder: Path, manifest: Manifest, wanted: Collection[str]) -> dict[str, bytes]:

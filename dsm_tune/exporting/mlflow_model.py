@@ -15,9 +15,23 @@ from dsm_tune.errors import ConfigError, DsmTuneError, StudyError, first_line
 from dsm_tune.plan import MergePlan
 from dsm_tune.runtimes.onnx.files import need_packages
 
-__all__ = ["CHAMPION", "PREVIOUS", "check_name", "register", "save"]
+__all__ = ["CHAMPION", "PREVIOUS", "check_name", "is_model", "register", "save"]
 
 CHAMPION, PREVIOUS = "champion", "previous"
+PLAN_KEY = "dsm_tune.plan"  # of the metadata
+# Files of a model folder of MLflow's.
+WRITTEN = {
+    *("MLmodel", "model.onnx", "conda.yaml", "python_env.yaml", "requirements.txt"),
+    *("input_example.json", "serving_input_example.json"),
+}
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model that :func:`save` wrote, and nothing else."""
+    names = {path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
+    if len(names) != sum(1 for _ in folder.iterdir()) or "MLmodel" not in names:
+        return False
+    return names <= WRITTEN and PLAN_KEY in (folder / "MLmodel").read_text(errors="replace")
 
 
 def save(onnx_file: Path, plan: MergePlan, folder: Path, example: Tensor) -> None:
@@ -112,7 +126,7 @@ def _contents(onnx_file: Path, plan: MergePlan, example: Tensor) -> Mapping[str,
         "signature": signature,
         "input_example": {"pixels": example.numpy()},
         "save_as_external_data": False,
-        "metadata": {"dsm_tune.plan": plan.to_json()},
+        "metadata": {PLAN_KEY: plan.to_json()},
     }
 
 

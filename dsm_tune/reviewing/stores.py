@@ -63,7 +63,9 @@ def resolve_tracking_uri(
 def redact(text: str) -> str:
     """Return the text with ``***`` for the user names, passwords and tokens in its addresses."""
     text = re.sub(r"(?<=://)(?!/)\S*@", "***@", text)
-    return re.sub(r"(?i)((?:password|passwd|token|secret|api_?key)=)[^&\s'\"]+", r"\1***", text)
+    return re.sub(
+        r"(?i)((?:password|passwd|token|secret|key|credentials?)=)[^&\s'\"]+", r"\1***", text
+    )
 
 
 @contextlib.contextmanager

@@ -60,7 +60,11 @@ def test_verify_of_a_changed_bundle_ends_with_4_and_names_the_file(
         (["export", "s", "--to", "tflite", "-o", "out"], "bundle, onnx, pt2, mlflow"),
         (["export", "s", "--model", "deit_tiny_patch16_224", "-o", "out"], "--model goes with"),
         (["export", "--plan", "absent.json", "-o", "out"], "absent.json"),
+        (["export", "--plan", "/dev/zero", "-o", "out"], "a regular file"),
         (["verify", "absent"], "a bundle must be a folder"),
+        (["verify", "x" * 5000], "a bundle must be a folder"),
+        (["verify", ".", "--threads", "0"], "threads"),
+        (["verify", ".", "--threads", "1000000"], "--threads must be at most 1024"),
         (["verify", "."], "manifest.json"),
     ],
 )
@@ -69,6 +73,11 @@ def test_what_cannot_be_exported_or_verified_is_one_line(
 ) -> None:
     assert words in call(*arguments).error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_too_long_is_said(call: Callable[..., Ended], plan: str) -> None:
+    ended = call("export", "--plan", plan, "-o", "x" * 300)
+    assert "--output must have a shorter name" in ended.error
 
 
 def test_a_plan_of_another_model_is_refused(call: Callable[..., Ended], tmp_path: Path) -> None:

@@ -156,6 +156,7 @@ def test_an_image_is_transformed_as_timm_does(server: Server) -> None:
         (as_png(0)[:60], "image/png", 400),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "image/png", 400),
         (b"\0" * (17 << 20), "image/png", 413),
+        (as_png(0, (3_000_000, 1)), "image/png", 413),
         (b"text", "text/plain", 415),
         (b"text", "", 415),
     ],
@@ -205,6 +206,18 @@ def test_a_request_that_has_begun_is_answered_before_the_server_stops(folder: Pa
     assert connection.getresponse().status == 200
     connection.close()
     assert server.stop() == -signal.SIGTERM  # the signal itself, once all is answered
+
+
+@pytest.mark.parametrize(
+    "words", [("--port", "99999"), ("--threads", "0"), ("--max-batch", "-1"), ("--max-batch", "x")]
+)
+def test_a_setting_out_of_range_is_one_line(folder: Path, words: tuple[str, str]) -> None:
+    command = [sys.executable, str(APP), str(folder), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"argument {words[0]}: must be from" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_changed_bundle_is_not_served(folder: Path, tmp_path: Path) -> None:

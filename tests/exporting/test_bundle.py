@@ -23,6 +23,7 @@ from dsm_tune import production
 from dsm_tune.demo import create_model, load_split
 from dsm_tune.errors import BundleError, ConfigError, ModelError
 from dsm_tune.exporting.bundle import architecture_of, open_bundle, preprocessing_of
+from dsm_tune.exporting.folders import written_whole
 from dsm_tune.exporting.manifest import FORMAT, MANIFEST, Manifest, digest_of
 from dsm_tune.merging.merged import merged
 from dsm_tune.verification import Promise, verify
@@ -198,7 +199,7 @@ def test_probes_that_the_model_cannot_be_run_on_are_refused(
     probes = {"pixels": torch.zeros(pixels), "outputs": torch.zeros(outputs)}
     (folder / "probes.safetensors").write_bytes(safetensors.torch.save(probes))
     signed_anew(folder)
-    with pytest.raises(BundleError, match=r"probes.safetensors must hold pixels \[n, 3, H, W\]"):
+    with pytest.raises(BundleError, match=r"probes.safetensors must hold pixels \[n, 3, 28, 28\]"):
         dsm_tune.load_bundle(folder)
 
 
@@ -238,6 +239,46 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds other files"):
         production.export(demo_source(), "bundle", str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("kind", ["bundle", "mlflow"])
+def test_a_folder_that_only_looks_like_an_export_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "my web app"}')
+    (tmp_path / "MLmodel").write_text("flavors: {}")
+    with pytest.raises(ConfigError, match="holds other files"):
+        production.export(demo_source(), kind, str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["MLmodel", "manifest.json"]
+
+
+def test_a_bundle_with_somebodys_files_in_it_is_not_replaced(
+    exported: Path, tmp_path: Path
+) -> None:
+    folder = copied(exported, tmp_path)
+    (folder / "notes").mkdir()
+    (folder / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files"):
+        production.export(demo_source(), "bundle", str(folder))
+    assert (folder / "notes" / "mine.txt").read_text() == "mine"
+
+
+def test_nothing_beside_the_folder_is_removed(tmp_path: Path) -> None:
+    others = [".out.2024", ".foo.1999", ".out.dsm_tune-export.elsewhere.1999"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with written_whole(tmp_path / "out") as fresh:
+        (fresh / "file").write_text("new")
+    with written_whole(tmp_path / "*") as fresh:
+        (fresh / "file").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "out", "*"])
+
+
+def test_a_model_of_other_sizes_than_its_plan_is_refused_before_it_is_made(
+    exported: Path, tmp_path: Path
+) -> None:
+    folder = copied(exported, tmp_path)
+    signed_anew(folder, model={"name": "vit_tiny_patch16_224", "kwargs": {"depth": 10**6}})
+    with pytest.raises(BundleError, match="differ in depth"):
+        open_bundle(folder)
 
 
 def test_what_does_not_give_the_eager_outputs_is_not_kept(
@@ -297,6 +338,43 @@ def test_verify_fails_where_the_budget_is_not_met(
     verdict = verify(str(folder), seconds=0.5)
     assert [finding.name for finding in verdict.findings if finding.status == "failed"] == [fails]
     assert not verdict.holds
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_verify_times_on_the_cpu_what_was_tuned_for_a_device_that_is_not_here(
+    exported: Path, tmp_path: Path
+) -> None:
+    folder = copied(exported, tmp_path)
+    signed_anew(folder, made={"serving": {"device": "cuda"}})
+    verdict = verify(str(folder), seconds=0.5)
+    assert "timed on the CPU" in {one.name: one.detail for one in verdict.findings}["device"]
+    assert verdict.holds
+    with pytest.raises(ConfigError, match="--device"):
+        verify(str(folder), device="cuda", seconds=0.5)
+
+
+def test_verify_fails_where_a_format_cannot_be_opened(exported: Path, tmp_path: Path) -> None:
+    folder = copied(exported, tmp_path)
+    (folder / "model.onnx").write_bytes(b"no graph")
+    (folder / "model.pt2").write_bytes(b"no archive")
+    signed_anew(folder)
+    failed = [one.name for one in verify(str(folder), seconds=0.5).findings if one.status != "ok"]
+    assert failed == ["onnx outputs", "pt2 outputs"]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"limits": {"ms": 10**330}},
+        {"limits": {"ms": True}},
+        {"limits": {"gmacs": -1}},
+        {"serving": {"batch_size": 10**9}},
+        {"threads": 10**6},
+    ],
+)
+def test_a_manifest_that_promises_what_no_export_does_is_refused(made: dict[str, Any]) -> None:
+    with pytest.raises(BundleError):
+        Promise.of(made)
 
 
 def test_verify_fails_where_outputs_or_quality_are_not_those_promised(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsm_tune import production
 from dsm_tune.demo import create_model, load_split
-from dsm_tune.errors import BundleError, ConfigError, ModelError
+from dsm_tune.errors import BundleError, ConfigError, DsmTuneError, ModelError
 from dsm_tune.exporting import formats
 from dsm_tune.exporting.proof import compared
 from dsm_tune.merging.merged import merged_view
@@ -192,6 +192,15 @@ def test_a_name_that_no_registered_model_can_have_is_refused_at_once(
 ) -> None:
     with pytest.raises(ConfigError, match="--register"):
         production.export(demo_source(), "bundle", str(tmp_path / "out"), register=name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_registry_that_does_not_answer_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    for uri in ("http://127.0.0.1:1", "nonsense", "sqlite:////proc/none/mlflow.db"):
+        with pytest.raises(DsmTuneError):
+            production.export(
+                demo_source(), "bundle", str(tmp_path / "out"), register="digits", tracking_uri=uri
+            )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -58,6 +58,8 @@ def export(study_or_run: str | None, kind: str, output: str, **values: Any) -> i
             known = {name: values[name] for name in (*PLANNED, "quiet", "verbose")}
             images = {} if known["model"] is None else {"images": str(Path.cwd())}
             source = sources.of_plan(plan, any_budget({**known, **images}))
+            if known["model"] and not known["checkpoint"] and not known["pretrained"]:
+                terminal.say("warning: neither --checkpoint nor --pretrained: random weights")
         done = production.export(
             source,
             kind,

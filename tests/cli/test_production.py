@@ -80,6 +80,17 @@ def test_a_name_that_is_too_long_is_said(call: Callable[..., Ended], plan: str) 
     assert "--output must have a shorter name" in ended.error
 
 
+def test_an_export_of_random_weights_says_so(call: Callable[..., Ended], tmp_path: Path) -> None:
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2).eval()
+    (tmp_path / "plan.json").write_text(tome_plan(model, r=3).to_json())
+    made = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "depth=2", "--img-size", "64"]
+    ended = call("export", "--plan", "plan.json", *made, "-o", "out")
+    assert ended.code == 0, ended
+    assert "random weights" in ended.err
+
+
 def test_a_plan_of_another_model_is_refused(call: Callable[..., Ended], tmp_path: Path) -> None:
     import timm
 

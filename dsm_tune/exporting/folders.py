@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from dsm_tune.errors import ConfigError
 
-__all__ = ["check_target", "written_whole"]
+__all__ = ["check_target", "holds_only", "written_whole"]
 
 LONGEST_NAME = 240  # bytes, of what stands beside the folder until it is whole
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
@@ -42,6 +42,13 @@ def check_target(folder: Path, is_ours: Callable[[Path], bool]) -> None:
             "--output must be new, empty or an earlier export of this kind and nothing else, "
             f"but {folder} holds other files"
         )
+
+
+def holds_only(folder: Path, mark: str, names: Collection[str]) -> bool:
+    """Whether a folder holds ``mark``, and regular files of some names alone beside it."""
+    found = list(folder.iterdir())
+    known = all(path.name in names and path.is_file() and not path.is_symlink() for path in found)
+    return known and mark in {path.name for path in found}
 
 
 @contextlib.contextmanager

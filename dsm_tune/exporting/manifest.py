@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsm_tune.errors import BundleError, shown
+from dsm_tune.exporting.folders import holds_only
 
 __all__ = [
     "FORMAT",
@@ -119,12 +120,10 @@ class Manifest:
 
 def is_bundle(folder: Path) -> bool:
     """Whether a folder holds a bundle, sound or damaged, and nothing else."""
-    names = {path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
-    if len(names) != sum(1 for _ in folder.iterdir()) or MANIFEST not in names:
+    if not holds_only(folder, MANIFEST, (MANIFEST, *REQUIRED, *OPTIONAL)):
         return False
     with (folder / MANIFEST).open("rb") as file:
-        begins = file.read(LARGEST_MANIFEST)
-    return names <= {MANIFEST, *REQUIRED, *OPTIONAL} and b'"dsm_tune.bundle/' in begins
+        return b'"dsm_tune.bundle/' in file.read(LARGEST_MANIFEST)
 
 
 def read_files(folder: Path, manifest: Manifest, wanted: Collection[str]) -> dict[str, bytes]:

@@ -12,13 +12,13 @@ import numpy as np
 from torch import Tensor
 
 from dsm_tune.errors import ConfigError, DsmTuneError, StudyError, first_line
+from dsm_tune.exporting.folders import holds_only
 from dsm_tune.plan import MergePlan
-from dsm_tune.runtimes.onnx.files import need_packages
+from dsm_tune.runtimes.onnx.files import PLAN_KEY, need_packages
 
 __all__ = ["CHAMPION", "PREVIOUS", "check_name", "is_model", "register", "save"]
 
 CHAMPION, PREVIOUS = "champion", "previous"
-PLAN_KEY = "dsm_tune.plan"  # of the metadata
 # Files of a model folder of MLflow's.
 WRITTEN = {
     *("MLmodel", "model.onnx", "conda.yaml", "python_env.yaml", "requirements.txt"),
@@ -28,10 +28,9 @@ WRITTEN = {
 
 def is_model(folder: Path) -> bool:
     """Whether a folder holds a model that :func:`save` wrote, and nothing else."""
-    names = {path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
-    if len(names) != sum(1 for _ in folder.iterdir()) or "MLmodel" not in names:
+    if not holds_only(folder, "MLmodel", WRITTEN):
         return False
-    return names <= WRITTEN and PLAN_KEY in (folder / "MLmodel").read_text(errors="replace")
+    return PLAN_KEY in (folder / "MLmodel").read_text(errors="replace")
 
 
 def save(onnx_file: Path, plan: MergePlan, folder: Path, example: Tensor) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dsm_tune import schedules
 from dsm_tune.bench import top1_of
 from dsm_tune.candidates import Candidate
-from dsm_tune.config import TuneConfig
 from dsm_tune.merging.loading import create_model
 from dsm_tune.paper.printed import ITEMS, PAPER, Item, Row
 from dsm_tune.paper.rows import Document, Line, document_of, own_lines, papers_lines, related
@@ -128,8 +127,8 @@ def _papers(
     rows = [document_of(one) | known.get((item.name, one.row), unknown) for one in lines]
     if asked.has_speed and item.is_timed and not asked.models:
         model = create_model(lines[0].model)
-        config = TuneConfig(**{"budget_gflops": "100%", "images": ".", **asked.values})
-        for row, timing in zip(rows, times_of(lines, model, config, asked, say), strict=True):
+        timings = times_of(lines, model, asked.config, asked, say)
+        for row, timing in zip(rows, timings, strict=True):
             row["timing"] = timing
     return [{"model": "", "of": "paper", "images": None, "rows": related(rows)}]
 

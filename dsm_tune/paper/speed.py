@@ -21,7 +21,7 @@ __all__ = ["setting_of", "times_of"]
 
 def setting_of(asked: Asked) -> Document:
     """What speed is measured with."""
-    config = TuneConfig(**{"budget_gflops": "100%", "images": ".", **asked.values})
+    config = asked.config
     device = TargetDevice(config)
     return {
         "device": device.facts(None)["name"],

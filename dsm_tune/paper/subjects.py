@@ -79,6 +79,11 @@ class Asked:
     batch_size: int = 32
     runs: int = 50
 
+    @property
+    def config(self) -> TuneConfig:
+        """The shared options alone, of no model in particular."""
+        return TuneConfig(**{"budget_gflops": "100%", "images": ".", **self.values})
+
 
 class Subject:
     """A given model, ready to be judged.

@@ -129,6 +129,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "slope": Rule(-8, 8, default=0.0),
         "bump": Rule(-8, 8, default=0.0),
         "jitter": Rule(0, 4, default=0.0),
+        "every": Rule(1, 64, whole=True, default=1),
         "prune_blocks": Rule(0, 64, whole=True, default=0),
         "prune_kind": Rule(choices=("prune", "fuse"), default="prune"),
         "prune_score": Rule(choices=PRUNE_SCORES, default="norm"),
@@ -270,7 +271,9 @@ def build(params: Mapping[str, Any], geometry: Geometry, delay: int) -> Shape:
     """Turn the parameters of a trial into the shape of its plan.
 
     The shares follow ``exp(slope · t + bump · (1 - t²) + jitter)`` with t from -1 at the first
-    merging block to 1 at the last: a positive bump removes most in the middle.
+    block that may reduce to 1 at the last: a positive bump removes most in the middle. Of these
+    blocks, the first and every so many further ones reduce: fewer and larger steps take less time
+    where a step costs as much as a block of few tokens does, as with one image at a time.
 
     Args:
         params: as :meth:`Space.draw` or :meth:`Space.complete` returns them.
@@ -281,13 +284,14 @@ def build(params: Mapping[str, Any], geometry: Geometry, delay: int) -> Shape:
     first = min(max(delay + params["offset"], 0), depth - 1)
     end = depth - 1 if params["last_block"] == "prefix" else depth
     span = max(end - 1 - first, 1)
+    reducing = range(first, end, params.get("every", 1))  # older studies do not name it
     shares = []
     for block in range(depth):
         t = 2 * (block - first) / span - 1
         exponent = (
             params["slope"] * t + params["bump"] * (1 - t * t) + params.get(f"jitter_{block}", 0.0)
         )
-        shares.append(math.exp(exponent) if first <= block < end else 0.0)
+        shares.append(math.exp(exponent) if block in reducing else 0.0)
     side = max(1, round(params["first_share"] * min(geometry.grid)))
     windows = [
         side + params["growth"] * (block - first)
@@ -296,7 +300,8 @@ def build(params: Mapping[str, Any], geometry: Geometry, delay: int) -> Shape:
         for block in range(depth)
     ]
     drops = params.get("prune_kind", "prune")  # which a study of an older space does not name
-    kinds = [drops if block >= end - params["prune_blocks"] else "merge" for block in range(depth)]
+    dropping = reducing[max(len(reducing) - params["prune_blocks"], 0) :]
+    kinds = [drops if block in dropping else "merge" for block in range(depth)]
     matching = Matching(
         feature=params["feature"],
         quota=params["quota"],

@@ -108,13 +108,21 @@ def plain_block(block: Any, x: Tensor, size: Tensor, r: int) -> tuple[Tensor, Te
     return x + block.mlp(block.norm2(x)), size
 
 
-def tuned(model: nn.Module, r: int, delay: int) -> MergePlan:
-    """A plan such as a search finds: salience, sizes, attention in the mean, prefix-only end."""
+def tuned(model: nn.Module, r: int, delay: int, every: int = 1) -> MergePlan:
+    """A plan such as a search finds: salience, sizes, attention in the mean, prefix-only end.
+
+    Args:
+        model: of any size.
+        r: tokens that leave per block.
+        delay: blocks before the first that merges.
+        every: blocks from one that merges to the next; each does the work of so many.
+    """
     geometry = read_geometry(model)
     matching = Matching(
         feature="k", salience=0.3, size_penalty=0.1, attention_weight=1.0, norm="mean"
     )
-    steps = tuple(Step(block, "merge", r) for block in range(delay, geometry.depth - 1))
+    merging = range(delay, geometry.depth - 1, every)
+    steps = tuple(Step(block, "merge", r * every) for block in merging)
     end = "prefix" if geometry.reads_prefix_only else "all"
     return MergePlan("", geometry, steps, matching, last_block=end)
 
@@ -129,6 +137,8 @@ def candidates(
         "ToMe": schedules.tome(geometry, r),
         "DSM": schedules.dsm(geometry, r, delay=delay),
         "tuned": tuned(model, r, delay),
+        "tuned, every 2nd": tuned(model, r, delay, every=2),
+        "tuned, every 3rd": tuned(model, r, delay, every=3),
         "ToMe r=4": schedules.tome(geometry, 4),
         **{Path(file).stem: MergePlan.from_json(Path(file).read_text()) for file in files},
     }

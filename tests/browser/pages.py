@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import socket
 import sqlite3
 import subprocess
@@ -57,7 +56,7 @@ def serving(study: str, folder: Path) -> Iterator[str]:
         yield found[0]
     finally:
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # a shell that starts tests in the background ignores SIGINT
         process.communicate(timeout=60)
 
 

@@ -54,6 +54,7 @@ ALLOWED = {
     "MatMul",
     "Max",
     "Mul",
+    "Pad",
     "Pow",
     "Range",
     "Reciprocal",

@@ -164,6 +164,27 @@ def test_a_prefix_only_last_block_and_pruning_take_the_last_reducing_blocks() ->
     assert shape.kinds[:9] == ("merge",) * 9
 
 
+@given(every=st.integers(1, 12), drops=st.integers(0, 12), offset=st.integers(-2, 9))
+def test_every_nth_block_reduces_from_the_first_on_and_the_last_of_these_prune(
+    every: int, drops: int, offset: int
+) -> None:
+    geometry = GEOMETRIES["deit_tiny"]
+    space = parsed("[delay]\noffset=[-2,9]\n[reduction]\nevery=[1,12]\nprune_blocks=[0,12]")
+    point = {"every": every, "prune_blocks": drops, "offset": offset}
+    shape = build(space.complete(point), geometry, 2)
+    reducing = list(range(2 + offset, 12, every))
+    assert [block for block in range(12) if shape.shares[block]] == reducing
+    pruning = [block for block in reducing if shape.kinds[block] == "prune"]
+    assert pruning == reducing[len(reducing) - min(drops, len(reducing)) :]
+
+
+def test_a_study_from_before_steps_had_gaps_reduces_in_every_block() -> None:
+    geometry = GEOMETRIES["deit_tiny"]
+    params = parsed("").complete({})
+    del params["every"]
+    assert build(params, geometry, 2) == build(parsed("").complete({}), geometry, 2)
+
+
 def test_blocks_that_prune_may_fuse_instead_and_older_studies_prune() -> None:
     geometry = GEOMETRIES["deit_tiny"]
     space = parsed('[reduction]\nprune_blocks=2\nprune_kind=["prune","fuse"]\nprune_score="ats"')

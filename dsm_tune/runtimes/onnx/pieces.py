@@ -225,12 +225,25 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Value:
-    """``softmax(q kᵀ · scale + mask) v``; [B, H, N, d], the mask [B, 1, 1, N]."""
-    if is_causal or dropout_p or enable_gqa:
+    """``softmax(q kᵀ · scale + mask) v``; [B, H, N, d], the mask [B, 1, 1, N].
+
+    Where all tokens ask, the mask is one more channel of the keys, and 1 one of the queries: to
+    add it to [B, H, N, N] logits takes as long as their softmax.
+    """
+    if is_causal or dropout_p or enable_gqa:  # no block that can be merged has any of them
         raise NotImplementedError("plain attention only")
     scale = scale or q.shape[-1] ** -0.5
+    late = attn_mask
+    if attn_mask is not None and not isinstance(q.shape[2], int):
+        column = op.Mul(
+            op.Transpose(attn_mask, perm=[0, 1, 3, 2]), op.Constant(value_float=1 / scale)
+        )
+        heads = op.Expand(column, op.Constant(value_ints=[1, q.shape[1], 1, 1]))
+        k, late = op.Concat(k, heads, axis=-1), None
+        one = op.Constant(value_float=1.0)
+        q = op.Pad(q, op.Constant(value_ints=[0, 0, 0, 0, 0, 0, 0, 1]), one)
     logits = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))
     logits = op.Mul(logits, op.Constant(value_float=scale))
-    if attn_mask is not None:
-        logits = op.Add(logits, attn_mask)
+    if late is not None:
+        logits = op.Add(logits, late)
     return op.MatMul(op.Softmax(logits, axis=-1), v)

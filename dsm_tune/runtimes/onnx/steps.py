@@ -123,7 +123,7 @@ def merge(
     """Match, then merge, as ``dsm_tune.merging`` does it.
 
     The tokens that stay are fetched in their new order; to those among them that are joined, a
-    product with [B, N - r, r] adds what comes.
+    product with a one-hot [B, N - r, r] adds what comes.
     """
     x, size, place = state
     order, target = edges(g, state, feature, received, options, layout)
@@ -131,25 +131,26 @@ def merge(
     sources = g.Gather(g.constant(layout.even), order)
     seats = _seats(g, sources, layout.ranks(), layout, layout.r)
     stays, leaves = g.cut(seats, 0, left), g.cut(seats, left, layout.count)
-    at = g.constant(np.arange(left)[:, None] - behind)
-    arrives = g.Cast(g.Equal(at, g.row(target)), to=1)
+    places = np.eye(len(layout.odd), left, k=behind)
+    joins = g.Gather(g.constant(places, np.float32), target)  # [B, r, N - r]
+    arrives = g.flipped(joins)
 
     def meet(mass: Value) -> tuple[Value, Value, Value]:
-        """What comes [B, N - r, r], what was there and the total: [B, N - r, 1]."""
+        """What comes [B, r, 1], what is there and the total: [B, N - r, 1]."""
         if mass is None:
-            there, came = g.constant([[[1.0]]], np.float32), arrives
+            there, comes = (g.constant(np.ones((1, n, 1)), np.float32) for n in (left, layout.r))
         else:
-            there, came = g.rows(mass, stays), g.Mul(arrives, g.row(g.rows(mass, leaves)))
-        return came, there, g.Add(there, g.ReduceSum(came, g.integers(2), keepdims=1))
+            there, comes = g.rows(mass, stays), g.rows(mass, leaves)
+        return comes, there, g.Add(there, g.MatMul(arrives, comes))
 
-    came, there, new_size = meet(size)
+    comes, there, new_size = meet(size)
     total, weight = new_size, _weight(g, received, options, layout)
     if weight is not None:
-        came, there, total = meet(weight if size is None else g.Mul(size, weight))
-    joins, keeps = g.Div(came, total), g.Div(there, total)
+        comes, there, total = meet(weight if size is None else g.Mul(size, weight))
+    shares, keeps = g.Div(comes, g.MatMul(joins, total)), g.Div(there, total)
 
     def mean(staying: Value, leaving: Value) -> Value:
-        return g.Add(g.Mul(staying, keeps), g.MatMul(joins, leaving))
+        return g.Add(g.Mul(staying, keeps), g.MatMul(arrives, g.Mul(leaving, shares)))
 
     staying, leaving = g.rows(x, stays), g.rows(x, leaves)
     merged = mean(staying, leaving)
@@ -158,8 +159,8 @@ def merge(
         if options.norm == "mean":
             wanted = mean(own, theirs)
         else:
-            longest = g.ReduceMax(g.Mul(arrives, g.row(theirs)), g.integers(2), keepdims=1)
-            wanted = g.Max(own, longest)
+            longest = g.ReduceMax(g.Mul(joins, theirs), g.integers(1), keepdims=1)
+            wanted = g.Max(own, g.flipped(longest))
         actual = g.Max(length(g, merged), g.constant(1e-6, np.float32))
         merged = g.Mul(merged, g.Div(wanted, actual))
     if place is not None:

@@ -3,7 +3,8 @@
 Run ``python tests/benchmarks/cluster_costs.py``; it writes ``recorded_cluster.json``, beside what
 ``scaling.py --record`` has put there. A search of ViT-H's plans runs in this process, evaluated by
 a formula; at some numbers of told trials one generation is drawn by the space's sampler, the others
-at random. PostgreSQL is a server on this machine, reached through its network interface.
+at random. What the driver computes is given in processor time, the rest by the clock. PostgreSQL
+is a server on this machine, reached through its network interface.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from dsm_tune.searching.engine import run_search
 from dsm_tune.searching.planner import Planner
 from dsm_tune.searching.samplers import Mirror
 from dsm_tune.searching.search import Job, Progress, Search
-from dsm_tune.searching.space import load_space
+from dsm_tune.searching.space import Space, load_space
 from dsm_tune.searching.study import Record, Study
 
 RECORD = Path(__file__).with_name("recorded_cluster.json")
@@ -54,7 +55,8 @@ IMAGES = 50_000
 class Stopwatch:
     """Adds up the time of named calls; of nested ones, each has its own alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
         self._inner: list[float] = []
@@ -63,11 +65,11 @@ class Stopwatch:
     def timing(self, name: str) -> Iterator[None]:
         """Time the block, less what is timed within it."""
         self._inner.append(0.0)
-        start = time.perf_counter()
+        start = self.clock()
         try:
             yield
         finally:
-            whole = time.perf_counter() - start
+            whole = self.clock() - start
             self.seconds[name] += whole - self._inner.pop()
             self.calls[name] += 1
             if self._inner:
@@ -78,8 +80,29 @@ class Stopwatch:
         return self.seconds[name] / self.calls[name]
 
 
+class Kept:
+    """Takes what a search would store, and forgets it: for the driver's own times."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+
+    def records(self) -> list[Record]:
+        """Nothing yet."""
+        return []
+
+    def add(self, record: Record, space: Space) -> Record:
+        """Give a number."""
+        return dataclasses.replace(record, number=next(self._numbers))
+
+    def store(self, *arguments: Any) -> None:
+        """Store nothing."""
+
+    def close(self, *arguments: Any, **options: Any) -> None:
+        """Store nothing."""
+
+
 class WatchedStudy(Study):
-    """A study whose writes are timed."""
+    """A study whose writes are timed by the clock."""
 
     watch: Stopwatch
 
@@ -109,23 +132,19 @@ class WatchedSearch(Search):
         space = dataclasses.replace(self._real.space, sampler="random")
         options["planner"] = dataclasses.replace(self._real, space=space)
         self._random = options["planner"]
+        self._marked, self._before = -1, dict[str, float]()
         super().__init__(**options)
 
-    def _fill(self, generation: int) -> bool:
+    def _ask(self, generation: int) -> None:
         told = len(self._records)
-        is_mark = bool(self.marks) and told >= self.marks[0]
-        self.planner = self._real if is_mark else self._random
-        before = dict(self.watch.seconds), dict(self.watch.calls)
-        filled = super()._fill(generation)
-        if is_mark and len(self._records) > told:
+        is_mark = bool(self.marks) and told >= self.marks[0] and not self._members(generation)
+        if is_mark:
             self.marks.pop(0)
-            spent = {k: v - before[0].get(k, 0.0) for k, v in self.watch.seconds.items()}
-            drawn = len(self._records) - told
-            self.found.append(
-                {"told": told, "start": spent["start"], "draw": spent["draw"] / drawn}
-            )
-            self._decided = self.watch.seconds["decide"], told
-        return filled
+            self._before = dict(self.watch.seconds)
+            self._marked = generation
+            self.found.append({"told": told})
+        self.planner = self._real if generation == self._marked else self._random
+        super()._ask(generation)
 
     def _mirror(self, generation: int) -> Mirror:
         with self.watch.timing("start"):
@@ -142,9 +161,10 @@ class WatchedSearch(Search):
     def _close(self, members: list[Record]) -> None:
         with self.watch.timing("decide"):
             super()._close(members)
-        if self.found and "decide" not in self.found[-1]:
-            spent = self.watch.seconds["decide"] - self._decided[0]
-            self.found[-1]["decide"] = spent / len(members)
+        if members[0].generation == self._marked:
+            spent = {k: v - self._before.get(k, 0.0) for k, v in self.watch.seconds.items()}
+            each = {k: spent[k] / len(members) for k in ("draw", "decide")}
+            self.found[-1] |= {"start": spent["start"], **each}
 
 
 def evaluate(process: int, plan: MergePlan, images: int) -> Evaluation:
@@ -161,42 +181,42 @@ def make_planner() -> Planner:
     return Planner(space, VIT_HUGE, delay, limits, limits, lambda p: Cost(p.gmacs), "vit_huge")
 
 
-def run_here(
-    url: str, trials: int, marks: list[int], on_progress: Callable[[Progress], None]
-) -> tuple[WatchedSearch, Stopwatch]:
+def run_here(study: Any, trials: int, marks: list[int], watch: Stopwatch) -> WatchedSearch:
     """Run a search in this process."""
-    watch = Stopwatch()
-    study = WatchedStudy.create(url, f"costs-{os.getpid()}", {})
-    study.watch = watch
     search = WatchedSearch(
-        marks,
-        watch,
-        study=study,
-        planner=make_planner(),
-        images=IMAGES,
-        trials=trials,
-        seed=0,
-        on_progress=on_progress,
+        marks, watch, study=study, planner=make_planner(), images=IMAGES, trials=trials, seed=0
     )
     while (job := search.next()) is not None:
         search.report(job, evaluate(0, job.plan, job.images))
-    return search, watch
+    return search
 
 
-def log_seconds(uri: str, progresses: list[Progress]) -> float:
+def driver_rows(trials: int) -> list[dict[str, float]]:
+    """Processor seconds of the driver at some numbers of told trials."""
+    marks = [mark for mark in (16, 64, 256, 512, 1000, 1500, 1960) if mark < trials - 8]
+    return run_here(Kept(), trials, marks, Stopwatch(time.process_time)).found
+
+
+def storage_seconds(url: str, trials: int) -> tuple[dict[str, float], list[Record]]:
+    """Seconds of each kind of write, and the trials."""
+    study = WatchedStudy.create(url, "costs", {})
+    study.watch = Stopwatch()
+    search = run_here(study, trials, [], Stopwatch())
+    return {name: study.watch.mean(name) for name in ("add", "store", "close")}, search.records()
+
+
+def log_seconds(uri: str, records: list[Record]) -> float:
     """Seconds of MLflow's writer per trial, once its store is open."""
     labels = StudyLabels(study="costs", study_id="costs", model="", device="cpu", budget="")
     queue = TrackingQueue.for_study(uri, "costs", labels, print)
     queue.put(lambda runs: None)
     queue.drain(timeout=120)
     start = time.perf_counter()
-    for progress in progresses:
-        queue.log_trial(as_trial(progress))
-        queue.log_progress(
-            progress.done, progress.hypervolume, progress.best_divergence, progress.done
-        )
+    for done, record in enumerate(records, start=1):
+        queue.log_trial(as_trial(Progress(done, len(records), 0.1, 0.5, record)))
+        queue.log_progress(done, 0.5, 0.1, done)
     queue.drain(timeout=300)
-    seconds = (time.perf_counter() - start) / len(progresses)
+    seconds = (time.perf_counter() - start) / len(records)
     assert not queue.error, queue.error
     queue.close(timeout=60)
     return seconds
@@ -237,54 +257,45 @@ def dispatch_seconds(folder: Path, trials: int, workers: int) -> float:
 def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=2000)
-    parser.add_argument("--logged", type=int, default=60, help="trials written to MLflow")
-    parser.add_argument("--dispatched", type=int, default=200)
-    parser.add_argument("--parts", default="driver,postgresql,dispatch")
+    parser.add_argument("--trials", type=int, default=2000, help="of the driver's search")
+    parser.add_argument("--stored", type=int, default=60, help="trials written to each store")
+    parser.add_argument("--dispatched", type=int, default=120)
+    parser.add_argument("--parts", default="driver,sqlite,postgresql,dispatch")
     options = parser.parse_args()
     parts = options.parts.split(",")
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    record["machine"] = (
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    )
-    progresses: list[Progress] = []
+    record["machine"] = f"{os.cpu_count()} cores, Python {platform.python_version()}"
+
+    def keep(kind: str, database: str, uri: str) -> None:
+        writes, records = storage_seconds(database, options.stored)
+        logged = log_seconds(uri, records)
+        record.setdefault("storage", {})[kind] = writes
+        record.setdefault("mlflow", {})[kind] = logged
+        words = ", ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in writes.items())
+        print(f"{kind}, ms: {words}; MLflow's writer {1e3 * logged:.0f} per trial")
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "driver" in parts:
-            marks = [m for m in (16, 64, 256, 512, 1000, 1500, 1960) if m < options.trials - 8]
-            url = f"sqlite:///{folder}/study.db"
-            search, watch = run_here(url, options.trials, marks, progresses.append)
-            record["driver"] = search.found
-            for row in search.found:
-                print(
-                    "driver, ms: "
-                    + ", ".join(f"{k} {1e3 * v if k != 'told' else v:.1f}" for k, v in row.items())
-                )
-            writes = {k: watch.mean(k) for k in ("add", "store", "close")}
-            record.setdefault("storage", {})["sqlite"] = writes
-            print(f"SQLite, ms: { ({k: round(1e3 * v, 1) for k, v in writes.items()}) }")
-            uri = f"sqlite:///{folder}/mlflow.db"
-            seconds = log_seconds(uri, progresses[: options.logged])
-            record.setdefault("mlflow", {})["sqlite"] = seconds
-            print(f"MLflow's writer, SQLite: {1e3 * seconds:.1f} ms per trial")
+            record["driver"] = driver_rows(options.trials)
+            for row in record["driver"]:
+                each = (f"{name} {1e3 * row[name]:.1f}" for name in ("start", "draw", "decide"))
+                print(f"driver, {row['told']} told, processor ms: {', '.join(each)}")
+        if "sqlite" in parts:
+            keep("sqlite", f"sqlite:///{folder}/study.db", f"sqlite:///{folder}/mlflow.db")
         if "postgresql" in parts:
             if importlib.util.find_spec("psycopg") is None:
                 sys.exit("needs psycopg")
-            with postgres() as database:
-                progresses.clear()
-                _, watch = run_here(database, 200, [], progresses.append)
-                writes = {k: watch.mean(k) for k in ("add", "store", "close")}
-                record.setdefault("storage", {})["postgresql"] = writes
-                print(f"PostgreSQL, ms: { ({k: round(1e3 * v, 1) for k, v in writes.items()}) }")
-            with postgres() as database, mlflow_server(folder, free_port(), database) as uri:
-                seconds = log_seconds(uri, progresses[: options.logged])
-                record.setdefault("mlflow", {})["postgresql"] = seconds
-                print(f"MLflow's writer, server on PostgreSQL: {1e3 * seconds:.1f} ms per trial")
+            with (
+                postgres() as database,
+                postgres() as backend,
+                mlflow_server(folder, free_port(), backend) as uri,
+            ):
+                keep("postgresql", database, uri)
         if "dispatch" in parts:
             with connected(Cluster(workers=4)):
                 found = {w: dispatch_seconds(folder, options.dispatched, w) for w in (1, 4)}
-            record["dispatch"] = found[4]
-            record["dispatch_by_workers"] = found
+            record["dispatch"] = {"1 worker": found[1], "4 workers": found[4]}
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -40,7 +40,8 @@ class Costs:
     Attributes:
         by_told: rows (trials told, a generation's start, a draw, a decision about a trial).
         add, store, close: one write of the study's storage.
-        dispatch: from a report to the next job's start, all but the driver's own work.
+        dispatch: to give out a job and take its report, one after the other.
+        latency: in which a worker is idle besides, whatever the others do.
         log: of MLflow's writer, per trial, beside the search.
     """
 
@@ -49,6 +50,7 @@ class Costs:
     store: float
     close: float
     dispatch: float
+    latency: float
     log: float
 
     @classmethod
@@ -60,7 +62,8 @@ class Costs:
         return cls(
             tuple(rows),
             *(record["storage"][storage][name] for name in ("add", "store", "close")),
-            record["dispatch"],
+            record["dispatch"]["4 workers"],
+            record["dispatch"]["1 worker"] - record["dispatch"]["4 workers"],
             record["mlflow"][storage],
         )
 
@@ -87,41 +90,38 @@ class Site:
         costs: of the driver.
         now: when the driver is free.
         evaluated: GPU-seconds spent on images.
-        waited: GPU-seconds idle while others worked: for the end of a stage.
+        driven: seconds in which the driver worked.
     """
 
     gpus: int
     costs: Costs
     now: float = 0.0
     evaluated: float = 0.0
-    waited: float = 0.0
+    driven: float = 0.0
 
     def run(self, jobs: Sequence[tuple[float, float]]) -> None:
-        """Run jobs: (their seconds, the driver's own before it can give them out); report all."""
-        waiting = list(reversed(jobs))
-        free = self.gpus
+        """Run jobs: (their seconds, the driver's own to draw them); ends when all are reported."""
+        free, given, drawn = self.gpus, 0, 0
         running: list[float] = []
-        begun, spent = self.now, 0.0
-        while waiting or running:
-            if waiting and waiting[-1][1]:
-                seconds, before = waiting.pop()
-                self.now += before
-                waiting.append((seconds, 0.0))
-            elif waiting and free:
-                seconds, _ = waiting.pop()
-                self.now += self.costs.dispatch
-                heapq.heappush(running, self.now + seconds)
-                spent += seconds
-                free -= 1
+        while given < len(jobs) or running:
+            if free and given < drawn:
+                seconds = jobs[given][0]
+                self.decide(self.costs.dispatch)
+                heapq.heappush(running, self.now + self.costs.latency + seconds)
+                self.evaluated += seconds
+                free, given = free - 1, given + 1
+            elif drawn < len(jobs) and not (running and running[0] <= self.now):
+                self.decide(jobs[drawn][1])
+                drawn += 1
             else:
-                self.now = max(self.now, heapq.heappop(running)) + self.costs.store
+                self.now = max(self.now, heapq.heappop(running))
+                self.decide(self.costs.store)
                 free += 1
-        self.evaluated += spent
-        self.waited += self.gpus * (self.now - begun) - spent
 
     def decide(self, seconds: float) -> None:
-        """Let the driver work, all GPUs idle."""
+        """Let the driver work."""
         self.now += seconds
+        self.driven += seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,66 +167,62 @@ class Outcome:
 
     Attributes:
         seconds: until its last trial has ended.
-        evaluated, waited, driven: shares of the GPUs' time: on images, idle in a stage that
-            others still work on, idle while the driver alone works.
-        logged: seconds of MLflow's writer in all.
+        evaluated: share of the GPUs' time that went into images.
+        driven: share of the time in which the driver worked.
+        logged: that of MLflow's writer, which works beside it.
     """
 
     seconds: float
     evaluated: float
-    waited: float
     driven: float
     logged: float
 
     @property
     def limit(self) -> str:
-        """What takes most of the GPUs' time, where it is not images."""
+        """What stands in the way of more GPUs."""
         if self.evaluated >= 0.9:
             return "GPUs"
-        return "generation's end" if self.waited > self.driven else "driver"
+        return "driver" if self.driven > 0.5 else "waiting for a stage's end"
 
 
 def simulate(study: Study, costs: Costs, gpus: int) -> Outcome:
     """Play a study on some GPUs."""
     site = Site(gpus, costs)
-    site.run(_shared([study.images * study.dense_seconds], gpus))
+    site.run(_at_once(_cut([study.images * study.dense_seconds], gpus)))
     done = 0
     rest: list[tuple[float, float]] = []  # of the generation before, where they overlap
     while done < study.trials:
         count = min(study.generation, study.trials - done)
         start, draw, decide = costs.at(done)
         few, full = study.stages(done, count)
-        drawing = start + count * (draw + costs.add)
+        each = draw + costs.add
         if study.overlapped and rest:
-            site.run([*rest, (few[0], drawing), *_at_once(few[1:])])
+            site.run([*rest, (few[0], start + each), *((seconds, each) for seconds in few[1:])])
         else:
-            site.decide(drawing)
-            site.run(_cut(few, gpus) if study.split else _at_once(few))
+            site.decide(start)
+            parts = max(gpus // count, 1) if study.split else 1
+            drawing = [each if part == 0 else 0.0 for _ in few for part in range(parts)]
+            site.run(list(zip(_cut(few, parts), drawing, strict=True)))
         if study.overlapped:
             rest = _at_once(full)
         else:
-            site.run(_cut(full, gpus) if study.split else _at_once(full))
+            parts = max(gpus // len(full), 1) if study.split else 1
+            site.run(_at_once(_cut(full, parts)))
         site.decide(count * (decide + costs.close))
         done += count
     if rest:
         site.run(rest)
-    total = gpus * site.now
-    driven = total - site.evaluated - site.waited
-    shares = (part / total for part in (site.evaluated, site.waited, driven))
-    return Outcome(site.now, *shares, logged=study.trials * costs.log)
+    shares = site.evaluated / gpus, site.driven, study.trials * costs.log
+    return Outcome(site.now, *(part / site.now for part in shares))
 
 
 def _at_once(jobs: Sequence[float]) -> list[tuple[float, float]]:
     return [(seconds, 0.0) for seconds in jobs]
 
 
-def _shared(jobs: Sequence[float], gpus: int) -> list[tuple[float, float]]:
-    return [(seconds / gpus, 0.0) for seconds in jobs for _ in range(gpus)]
-
-
-def _cut(jobs: Sequence[float], gpus: int) -> list[tuple[float, float]]:
-    """Each job in as many parts as there are GPUs for it."""
-    return _shared(jobs, max(gpus // len(jobs), 1))
+def _cut(jobs: Sequence[float], parts: int) -> list[float]:
+    """Each job in equal parts."""
+    return [seconds / parts for seconds in jobs for _ in range(parts)]
 
 
 # -- held to what was measured ------------------------------------------------------------------
@@ -255,9 +251,11 @@ def _replayed(turn: dict[str, Any], workers: int, costs: Costs) -> float:
         first = min(job["trial"] for job in jobs)
         count = len({job["trial"] for job in jobs})
         start, draw, decide = costs.at(first)
-        site.decide(start + count * (draw + costs.add))
-        for images in sorted({job["images"] for job in jobs}):
-            site.run(_at_once([job["seconds"] for job in jobs if job["images"] == images]))
+        site.decide(start)
+        few, full = min(job["images"] for job in jobs), max(job["images"] for job in jobs)
+        drawing = draw + costs.add
+        site.run([(job["seconds"], drawing) for job in jobs if job["images"] == few])
+        site.run(_at_once([job["seconds"] for job in jobs if job["images"] == full]))
         site.decide(count * (decide + costs.close))
     return site.now
 
@@ -281,18 +279,18 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def rows(study: Study, costs: Costs, *, by_gpus: bool = False) -> list[tuple[int, Outcome, float]]:
+def rows(study: Study, costs: Costs, *, per_gpu: int = 0) -> list[tuple[int, Outcome, float]]:
     """(GPUs, outcome, efficiency) for each number of GPUs.
 
     Args:
         study: what is searched.
         costs: of the driver.
-        by_gpus: a generation of four trials per GPU, if that is more.
+        per_gpu: trials of a generation for each GPU, if that is more than the study has.
     """
     alone = simulate(study, costs, 1).seconds
     found = []
     for gpus in GPUS:
-        size = max(study.generation, 4 * gpus) if by_gpus else study.generation
+        size = max(study.generation, per_gpu * gpus)
         outcome = simulate(dataclasses.replace(study, generation=size), costs, gpus)
         found.append((gpus, outcome, alone / (gpus * outcome.seconds)))
     return found
@@ -332,23 +330,22 @@ def main() -> None:
         f"\n{study.trials} trials on {study.images} images, {options.images_per_second:g} dense "
         f"images/s per GPU, plans at {options.share:.0%} of that time; {options.storage}"
     )
+    split = dataclasses.replace(study, split=True)
+    overlapped = dataclasses.replace(study, overlapped=True)
     variants = {
-        f"generations of {study.generation}": (study, False),
-        "generations of 4 per GPU": (study, True),
-        "drawn while the best are evaluated": (dataclasses.replace(study, overlapped=True), False),
-        "trials split over GPUs": (dataclasses.replace(study, split=True), False),
-        "split, 4 per GPU": (dataclasses.replace(study, split=True), True),
+        f"generations of {study.generation}": (study, 0),
+        "generations of 4 trials per GPU": (study, 4),
+        "not built: drawn while the best are still evaluated": (overlapped, 0),
+        "not built: images of a trial split over idle GPUs": (split, 0),
+        "not built: split, and generations of 1 trial per GPU": (split, 1),
     }
-    for name, (variant, by_gpus) in variants.items():
-        print(f"\n{name}\n GPUs      time efficiency  images  waiting   driver  limited by")
-        for gpus, outcome, efficiency in rows(variant, costs, by_gpus=by_gpus):
+    for name, (variant, per_gpu) in variants.items():
+        print(f"\n{name}\n GPUs      time  efficiency  driver  MLflow  limited by")
+        for gpus, outcome, efficiency in rows(variant, costs, per_gpu=per_gpu):
             print(
-                f"{gpus:5}  {duration(outcome.seconds):>8} {efficiency:10.2f} "
-                f"{outcome.evaluated:7.0%} {outcome.waited:8.0%} {outcome.driven:8.0%}  "
-                f"{outcome.limit}"
+                f"{gpus:5}  {duration(outcome.seconds):>8} {efficiency:11.2f} "
+                f"{outcome.driven:7.0%} {outcome.logged:7.0%}  {outcome.limit}"
             )
-        slowest = outcome.logged / outcome.seconds
-        print(f"MLflow's writer is busy {slowest:.0%} of the time at {gpus} GPUs")
 
 
 if __name__ == "__main__":

@@ -43,21 +43,30 @@ BAR = 0.9
 
 
 class Timed(Search):
-    """Notes when its first job was given out, what its driver takes, and every job's time."""
+    """Notes when its first job was asked for, what its driver takes, and every job's time."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.began = 0.0
         self.jobs: list[dict[str, Any]] = []
         start = time.perf_counter()
-        super().__init__(*arguments, **options)  # draws the first generation
-        self.before = time.perf_counter() - start
+        super().__init__(*arguments, **options)  # begins the first generation
+        self.before = self.drawing = time.perf_counter() - start
 
     def next(self) -> Job | None:
         """The next job."""
+        start = time.perf_counter()
         job = super().next()
-        if job is not None and not self.began:
-            self.began = time.perf_counter()
+        if job is not None:
+            self.began = self.began or start
+            self.drawing += time.perf_counter() - start
         return job
+
+    def prepare(self) -> None:
+        """Draw ahead, but not while Ray starts, which is not counted."""
+        if self.began:
+            start = time.perf_counter()
+            super().prepare()
+            self.drawing += time.perf_counter() - start
 
     def report(self, job: Job, evaluation: Evaluation) -> None:
         """Take what a job gave."""
@@ -131,7 +140,7 @@ class Contestant:
             "workers": self.workers,
             "trials": len(ends),
             "seconds": seconds,
-            "first_draws_seconds": search.before,
+            "drawing_seconds": search.drawing,
             "jobs": jobs,
         }
 
@@ -157,7 +166,7 @@ def shares(segment: dict[str, Any]) -> tuple[float, float]:
     """Seconds of evaluations, and of the driver's own work, in a segment."""
     evaluating = sum(job["seconds"] for job in segment["jobs"])
     driver = sum(job["driver_seconds"] for job in segment["jobs"])
-    return evaluating, driver + segment["first_draws_seconds"]
+    return evaluating, driver + segment["drawing_seconds"]
 
 
 def main() -> int:

@@ -55,7 +55,7 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
         self.false_starts = 0  # workers that died before their first job, in a row
         self.to_warm = cluster.workers if cluster.workers > 1 else 0
         self.all_warm = False
-        self.failure: Exception | None = None  # Ray swallows what a searcher raises
+        self.failure: Exception | None = None
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
@@ -70,12 +70,32 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
         if self.to_warm:
             self.to_warm -= 1
             return {}
-        job = self.search.next()
+        job = self._next()
         if job is None:
             return Searcher.FINISHED if self.search.stopped else None
         member = self.idle.popleft()
         self.jobs[trial_id] = job, member
         return {"member": member, "plan": job.plan.to_json(), "images": job.images}
+
+    def _next(self) -> Job | None:
+        with self._kept_failure():
+            return self.search.next()
+        return None
+
+    def prepare(self) -> None:
+        """Have the search draw ahead, while all workers are busy."""
+        if not self.idle:
+            with self._kept_failure():
+                self.search.prepare()
+
+    @contextlib.contextmanager
+    def _kept_failure(self) -> Iterator[None]:
+        """Stop the search on an error, and keep it: Ray swallows what a searcher raises."""
+        try:
+            yield
+        except Exception as failure:
+            self.failure = self.failure or failure
+            self.search.stop("failed")
 
     def are_warm(self) -> bool:
         """Whether all workers have started once, or the others have waited long enough."""
@@ -97,7 +117,7 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
         job, member = self.jobs.pop(trial_id)
         self.idle.append(member)
         limit = self.cluster.trial_seconds
-        try:
+        with self._kept_failure():
             if result and "evaluation" in result and not error:
                 self.false_starts = 0
                 self.search.report(job, Evaluation(**json.loads(result["evaluation"])))
@@ -109,9 +129,6 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
                 self.search.report(job, Evaluation(job.images, error=cause))
             else:
                 self._run_again(job)
-        except Exception as failure:
-            self.failure = self.failure or failure
-            self.search.stop("failed")
 
     def _not_started(self, job: Job) -> None:
         self.search.give_back(job)
@@ -140,7 +157,7 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
 
 
 class _Clock(tune.Callback):  # type: ignore[misc]  # Ray ships no types
-    """Notes when a job starts, and ends a search when its time is up."""
+    """Notes when a job starts, has the next one drawn, and ends a search when its time is up."""
 
     def __init__(self, jobs: Jobs, is_over: Callable[[], bool]) -> None:
         self.jobs, self.is_over = jobs, is_over
@@ -151,6 +168,7 @@ class _Clock(tune.Callback):  # type: ignore[misc]  # Ray ships no types
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if not self.jobs.search.stopped and self.is_over():
             self.jobs.search.stop("time limit reached")
+        self.jobs.prepare()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # pickled with the searcher, and as little needed

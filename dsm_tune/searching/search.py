@@ -1,7 +1,9 @@
 """The search as a state machine: which plan is evaluated next, on how many images.
 
 It knows nothing of processes: an engine takes jobs from it and reports what they gave. Trials
-are asked in generations, evaluated on few images, the better part on all, and told in order.
+are asked in generations, evaluated on few images, the better part on all, and told in order. The
+trials of a generation are drawn one after the other, while those before them are evaluated: each
+sees the generations before alone, and the plans that were drawn before it.
 """
 
 from __future__ import annotations
@@ -88,22 +90,34 @@ class Search:
         self._costs: dict[int, Cost] = {}
         self._queue: deque[Job] = deque()
         self._running: dict[tuple[int, int], Job] = {}
+        self._undrawn: deque[int] = deque()  # slots of the generation that is being drawn
+        self._drawing = self._drawn_out = -1  # that generation; the last that ran out of plans
+        self._seen: Mirror  # what its draws see
         self._advance()
 
     # -- what an engine calls -------------------------------------------------------------------
 
     def next(self) -> Job | None:
         """The next job, or ``None`` while there is none (see :attr:`finished`)."""
+        if not self._queue:
+            self.prepare()
         if self.stopped or not self._queue:
             return None
         job = self._queue.popleft()
         self._running[job.number, job.images] = job
         return job
 
+    def prepare(self) -> None:
+        """Draw one trial ahead, if the generation has more: for an engine that has time."""
+        if not self.stopped and self._undrawn:
+            self._draw_next()
+            self._go_on()
+
     @property
     def finished(self) -> bool:
         """Whether no job is left and none will come."""
-        return not self._running and (bool(self.stopped) or not self._queue)
+        is_empty = not self._queue and not self._undrawn
+        return not self._running and (bool(self.stopped) or is_empty)
 
     def report(self, job: Job, evaluation: Evaluation) -> None:
         """Take what a job gave; it is stored first."""
@@ -115,8 +129,7 @@ class Search:
         evaluations = {**record.evaluations, evaluation.images: evaluation}
         self._records[job.number] = dataclasses.replace(record, evaluations=evaluations)
         self._running.pop((job.number, job.images), None)
-        if not self._queue and not self._running:
-            self._advance()
+        self._go_on()
 
     def give_back(self, job: Job) -> None:
         """Take a job back that could not be run; it is given out again, first."""
@@ -158,27 +171,31 @@ class Search:
 
     # -- generations ----------------------------------------------------------------------------
 
+    def _go_on(self) -> None:
+        if not self._queue and not self._running and not self._undrawn:
+            self._advance()
+
     def _advance(self) -> None:
         """Queue what the generation still needs; when it needs nothing, end it and ask the next."""
-        while not self._queue:
+        while not self._queue and not self._undrawn:
             open_records = [r for r in self.records() if r.state == "running"]
             if open_records:
                 generation = open_records[0].generation
-                self._fill(generation)
-                members = [r for r in self.records() if r.generation == generation]
+                self._ask(generation)
+                members = self._members(generation)
                 if not self._queue_missing(members):
                     self._close(members)
             elif self.stopped or len(self._records) >= self.trials:
                 return
-            elif not self._fill(
-                max((r.generation for r in self._records.values()), default=-1) + 1
-            ):
-                self.stop("no further distinct plan meets the budget")
-                return
+            else:
+                self._ask(max((r.generation for r in self._records.values()), default=-1) + 1)
 
-    def _fill(self, generation: int) -> bool:
-        """Add the trials of a generation that are not stored yet; whether it has any."""
-        members = {r.slot for r in self._records.values() if r.generation == generation}
+    def _members(self, generation: int) -> list[Record]:
+        return [r for r in self.records() if r.generation == generation]
+
+    def _ask(self, generation: int) -> None:
+        """Add what is known of a generation, or draw its first slot and note the others."""
+        members = {r.slot for r in self._members(generation)}
         before = len(self._records) - len(members)
         known = self._known_records(generation) if generation in self.known_at else []
         if known:
@@ -187,23 +204,28 @@ class Search:
             for record in known[:most]:
                 if record.slot not in members:
                     self._add(record)
-                    members.add(record.slot)
-            return bool(members)
-        size = max(min(self.planner.space.generation, self.trials - before), len(members))
-        if len(members) < size:
-            mirror = self._mirror(generation)
-            for slot in range(size):
-                if slot not in members:
-                    drawn = self._draw(mirror, generation, slot)
-                    if drawn is None:
-                        break
-                    self._add(drawn)
-                    members.add(slot)
-        return bool(members)
+        elif generation != self._drawn_out:
+            size = max(min(self.planner.space.generation, self.trials - before), len(members))
+            self._undrawn.extend(slot for slot in range(size) if slot not in members)
+            if self._undrawn:
+                self._drawing, self._seen = generation, self._mirror(generation)
+                self._draw_next()
 
-    def _add(self, record: Record) -> None:
+    def _draw_next(self) -> None:
+        """Draw the next slot, and queue its trial; a generation without plans ends the search."""
+        drawn = self._draw(self._seen, self._drawing, self._undrawn.popleft())
+        if drawn is not None:
+            self._queue.extend(_lacking([self._add(drawn)], self._few()))
+            return
+        self._undrawn.clear()
+        self._drawn_out = self._drawing
+        if not self._members(self._drawing):
+            self.stop("no further distinct plan meets the budget")
+
+    def _add(self, record: Record) -> Record:
         stored = self.study.add(record, self.planner.space)
         self._records[stored.number] = stored
+        return stored
 
     def _known_records(self, generation: int) -> list[Record]:
         """What is known, less what an earlier generation has tried."""
@@ -265,11 +287,12 @@ class Search:
         few = self._few()
         climbing = [r for r in members if r.label not in REFERENCES]
         references = [r for r in members if r.label in REFERENCES]
+        queued = {job.number for job in self._queue}  # just drawn
         jobs = [*_lacking(references, self.images), *_lacking(climbing, few)]
-        if not jobs and few < self.images:
-            jobs = _lacking(self._promoted(climbing, few), self.images)
-        self._queue.extend(jobs)
-        return bool(jobs)
+        self._queue.extend(job for job in jobs if job.number not in queued)
+        if not self._queue and not self._undrawn and few < self.images:
+            self._queue.extend(_lacking(self._promoted(climbing, few), self.images))
+        return bool(self._queue or self._undrawn)
 
     def _promoted(self, members: list[Record], few: int) -> list[Record]:
         """The trials that go on to all images: best non-domination ranks first.

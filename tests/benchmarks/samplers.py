@@ -3,7 +3,8 @@
 ``--record N`` evaluates N random plans of the default space on the subject and keeps their
 parameters and divergences in ``recorded_objective.json``. Without it, a Gaussian process fitted to
 that record stands for the evaluation, so that each sampler sees the very same function; printed is
-the hypervolume after some numbers of trials: median, least and most over seeds.
+the hypervolume after some numbers of trials: median, least and most over seeds. ``--generation``
+says what larger generations cost, which more workers can share.
 """
 
 from __future__ import annotations
@@ -81,14 +82,15 @@ def vector(params: dict[str, Any], space: Space) -> list[float]:
     return columns
 
 
-def run(sampler: str, seed: int, planner: Planner, surrogate: Any, reference: float) -> list[float]:
+def run(
+    space: Space, seed: int, planner: Planner, surrogate: Any, reference: float, *, trials: int
+) -> list[float]:
     """Hypervolume after each trial."""
-    space = dataclasses.replace(planner.space, sampler=sampler)
     dense = MergePlan("", planner.geometry).gmacs
     told: list[tuple[dict[str, Any], tuple[float, float]]] = []
     points: list[tuple[float, float]] = []
     volumes: list[float] = []
-    while len(points) < max(MARKS):
+    while len(points) < trials:
         mirror = Mirror(space, told)
         asked = [
             mirror.draw(derive_seed(seed, len(told), slot), slot=slot)
@@ -114,6 +116,8 @@ def main() -> None:
     options.add_argument("--budget-gflops", default="0.71")
     options.add_argument("--seeds", type=int, default=5)
     options.add_argument("--samplers", default=",".join(SAMPLERS))
+    options.add_argument("--generation", type=int, help="trials of one; the space's unless given")
+    options.add_argument("--marks", default=",".join(map(str, MARKS)), help="numbers of trials")
     chosen = options.parse_args()
     if chosen.record:
         record(chosen)
@@ -134,13 +138,20 @@ def main() -> None:
     surrogate.fit(rows, logs)
     print(f"{len(logs)} recorded plans, cross-validated R² of the stand-in {fit:.2f}")
     reference = 2 * math.exp(statistics.median(logs))
-    print("sampler        " + "".join(f"{mark:>22} trials" for mark in MARKS) + "   s/draw")
+    marks = [int(mark) for mark in chosen.marks.split(",")]
+    size = chosen.generation or planner.space.generation
+    print(f"generations of {size}")
+    print("sampler        " + "".join(f"{mark:>22} trials" for mark in marks) + "   s/draw")
     for sampler in chosen.samplers.split(","):
         start = time.perf_counter()
-        runs = [run(sampler, seed, planner, surrogate, reference) for seed in range(chosen.seeds)]
+        space = dataclasses.replace(planner.space, sampler=sampler, generation=size)
+        runs = [
+            run(space, seed, planner, surrogate, reference, trials=max(marks))
+            for seed in range(chosen.seeds)
+        ]
         seconds = (time.perf_counter() - start) / (chosen.seeds * len(runs[0]))
         cells = []
-        for mark in MARKS:
+        for mark in marks:
             values = [volumes[mark - 1] for volumes in runs]
             cells.append(f"{statistics.median(values):.4f} [{min(values):.4f}, {max(values):.4f}]")
         row = f"{sampler:15}" + "  ".join(f"{cell:>27}" for cell in cells) + f"  {seconds:.3f}"

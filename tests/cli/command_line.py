@@ -41,8 +41,12 @@ class Ended:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, less what would lead a tune elsewhere."""
-    kept = {key: value for key, value in os.environ.items() if key not in STORES}
+    """This process's, less what would lead a tune elsewhere, and less keys of object stores."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in STORES and not key.startswith(("AWS_", "MLFLOW_S3_"))
+    }
     path = os.pathsep.join(filter(None, [str(REPOSITORY), kept.get("PYTHONPATH", "")]))
     return {**kept, "PYTHONPATH": path, "COLUMNS": "80", **more}
 

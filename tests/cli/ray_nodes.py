@@ -23,8 +23,10 @@ ATTEMPTS = 4  # to start a node
 
 
 @contextlib.contextmanager
-def ray_nodes(*resources: str, **environ: str) -> Iterator[str]:
-    """Start a head and a node for each of the named resources; gives the dashboard's address.
+def ray_nodes(*resources: str, **environ: str) -> Iterator[tuple[str, Path]]:
+    """Start a head and a node for each of the named resources.
+
+    Gives the dashboard's address, and the folder with Ray's logs.
 
     Each node has one CPU and one unit of its resource; the head has none, as in ``deploy/``.
     """
@@ -80,7 +82,7 @@ def ray_nodes(*resources: str, **environ: str) -> Iterator[str]:
         start(head)
         for words in nodes:
             start(words)
-        yield url
+        yield url, folder
     finally:
         for one in reversed(started):
             end(one)

@@ -1,8 +1,9 @@
-"""Real servers on loopback, in process groups of their own: PostgreSQL and MLflow."""
+"""Real servers on loopback, in process groups of their own: PostgreSQL, MLflow, an object store."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import secrets
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 
 PATIENCE = 120.0
+BUCKET = "tuning"
 
 
 def free_port() -> int:
@@ -49,16 +51,90 @@ def end(process: subprocess.Popen[Any], number: int = signal.SIGKILL) -> None:
     process.wait(timeout=60)
 
 
+@dataclasses.dataclass(frozen=True)
+class ObjectStore:
+    """A bucket of an S3-compatible server, and who may use it.
+
+    Attributes:
+        endpoint: of the server.
+        access_key, secret_key: made up for it.
+    """
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What the MLflow server needs, and no one else."""
+        return {
+            "MLFLOW_S3_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+        }
+
+    def client(self) -> Any:
+        import boto3
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name="us-east-1",
+        )
+
+    def objects(self) -> dict[str, int]:
+        """Names and sizes of what the bucket holds."""
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
+        return {one["Key"]: one["Size"] for page in pages for one in page.get("Contents", [])}
+
+
 @contextlib.contextmanager
-def mlflow_server(folder: Path, port: int, backend: str) -> Iterator[str]:
-    """An MLflow server on a backend, killed at the end; gives its address."""
+def object_store(folder: Path) -> Iterator[ObjectStore]:
+    """An S3-compatible server with an empty bucket, killed at the end."""
+    for name in ("boto3", "moto"):
+        pytest.importorskip(name, reason="needs an S3-compatible server: pip install 'moto[s3]'")
+    port = free_port()
+    with (folder / "objects.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", f"{port}"],
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            start_new_session=True,
+        )
+    store = ObjectStore(
+        f"http://127.0.0.1:{port}", secrets.token_hex(10).upper(), secrets.token_hex(20)
+    )
+    try:
+        wait_until(
+            lambda: answers(port) or process.poll() is not None, "the object store does not answer"
+        )
+        assert process.poll() is None, (folder / "objects.log").read_text()
+        store.client().create_bucket(Bucket=BUCKET)
+        yield store
+    finally:
+        end(process)
+
+
+@contextlib.contextmanager
+def mlflow_server(
+    folder: Path, port: int, backend: str, objects: ObjectStore | None = None
+) -> Iterator[str]:
+    """An MLflow server on a backend, killed at the end; gives its address.
+
+    It hands artifacts on to its own folder, or to an object store whose keys it alone has.
+    """
+    destination = str(folder / "artifacts") if objects is None else f"s3://{BUCKET}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
-    command += ["--port", f"{port}", "--artifacts-destination", str(folder / "artifacts")]
+    command += ["--port", f"{port}", "--artifacts-destination", destination]
     with (folder / "server.log").open("ab") as log:
         process = subprocess.Popen(
             command,
             env={
                 **os.environ,
+                **({} if objects is None else objects.environ),
                 "MLFLOW_BACKEND_STORE_URI": backend,  # not an argument: it may hold a password
                 "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             },

@@ -1,4 +1,4 @@
-"""A tune submitted to a cluster of three nodes, with PostgreSQL and an MLflow server, for real."""
+"""A tune submitted to three nodes, with PostgreSQL, MLflow and an object store, for real."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from command_line import Ended, environment, run
 from ray_nodes import ray_nodes
-from servers import free_port, mlflow_server, postgres, wait_until
+from secrecy import CommandLines, files_below, places_of
+from servers import ObjectStore, free_port, mlflow_server, object_store, postgres, wait_until
 
 from dsm_tune.reviewing.stores import connect
 
@@ -40,12 +41,16 @@ class Site:
         storage: of the studies, its password included.
         tracking_uri: of the MLflow server.
         password: of the database.
+        objects: where the MLflow server puts artifacts.
+        logs: folders with what servers and nodes wrote.
     """
 
     address: str
     storage: str
     tracking_uri: str
     password: str
+    objects: ObjectStore
+    logs: tuple[Path, ...]
 
     @property
     def environ(self) -> dict[str, str]:
@@ -72,11 +77,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         database = stack.enter_context(postgres())
         storage = make_database(database, "studies")
         backend = make_database(database, "mlflow")
-        uri = stack.enter_context(mlflow_server(folder, free_port(), backend))
+        objects = stack.enter_context(object_store(folder))
+        uri = stack.enter_context(mlflow_server(folder, free_port(), backend, objects))
         environ = {"OPTUNA_STORAGE": storage, "MLFLOW_TRACKING_URI": uri}
-        address = stack.enter_context(ray_nodes("left", "right", **environ))
+        address, nodes = stack.enter_context(ray_nodes("left", "right", **environ))
         password = database.split(":")[2].partition("@")[0]
-        yield Site(address, storage, uri, password)
+        yield Site(address, storage, uri, password, objects, (folder, nodes))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +117,8 @@ def query(site: Site, question: str) -> list[tuple[Any, ...]]:
 def test_a_submitted_tune_gives_the_answer_of_a_local_one(
     site: Site, local: dict[str, Any], tmp_path: Path
 ) -> None:
-    done = site.submit("--study", "whole", "--driver-resource", "right", "--json", cwd=tmp_path)
+    with CommandLines() as watch:
+        done = site.submit("--study", "whole", "--driver-resource", "right", "--json", cwd=tmp_path)
     assert done.code == 0, done
     assert answer(done.json) == local
     assert "study whole: job raysubmit_" in done.err
@@ -126,21 +133,35 @@ def test_a_submitted_tune_gives_the_answer_of_a_local_one(
         -1,
         *range(TRIALS),
     ]
-    assert site.password not in str([one.to_dictionary() for one in runs])
+    parent = done.json["parent_run_id"]
+    stored = site.objects.objects()
+    for name in ("report.html", "trials.csv", "pareto.png", "front.json"):
+        assert [key for key in stored if key.endswith(f"{parent}/artifacts/{name}")], stored
+
     facts = query(site, "select key, value_json from study_user_attributes")
     assert "config" in dict(facts)
-    assert site.password not in str(facts)
-    assert site.password not in done.out + done.err
-
     from ray.job_submission import JobSubmissionClient
 
     jobs = JobSubmissionClient(site.address).list_jobs()
     assert any((job.metadata or {}).get("dsm_tune.study") == "whole" for job in jobs)
-    assert site.password not in str(jobs)
-    for job in jobs:
-        if job.submission_id:
-            log = JobSubmissionClient(site.address).get_job_logs(job.submission_id)
-            assert site.password not in log
+    logs = [
+        JobSubmissionClient(site.address).get_job_logs(job.submission_id)
+        for job in jobs
+        if job.submission_id
+    ]
+    assert any(f"{TRIALS}/{TRIALS} trials" in log for log in logs)
+    texts: dict[str, str | bytes] = {
+        "client": done.out + done.err,
+        "runs": str([one.to_dictionary() for one in runs]),
+        "facts": str(facts),
+        "jobs": str(jobs),
+        "logs of jobs": str(logs),
+        **{f"command line: {line}": line for line in watch.seen},
+        **files_below(*site.logs),
+    }
+    assert places_of("mlflow server", texts.items())  # what is looked at is there
+    for secret in (site.password, site.objects.access_key, site.objects.secret_key):
+        assert places_of(secret, texts.items()) == []
 
 
 def test_a_job_outlives_its_client_and_goes_on_after_it_was_stopped(

@@ -64,6 +64,38 @@ def test_the_trials_do_not_depend_on_how_many_run_at_once_nor_which_ends_first(
         assert small.front(search) == small.front(undisturbed)
 
 
+@slow_storage
+@given(data=st.data())
+def test_the_trials_do_not_depend_on_how_far_ahead_they_are_drawn(
+    data: st.DataObject, undisturbed: Search
+) -> None:
+    with fresh_url() as url:
+        search = small.open_search(url)
+
+        def preparing(plan: MergePlan, images: int) -> Evaluation:
+            for _ in range(data.draw(st.integers(0, 5))):
+                search.prepare()
+            return small.evaluate(plan, images)
+
+        small.drive(search, preparing, workers=data.draw(st.integers(1, 3)))
+        assert small.story(search) == small.story(undisturbed)
+
+
+def test_a_trial_is_given_out_before_the_next_one_is_drawn(url: str) -> None:
+    search = small.open_search(url)
+    known = len(search.records())
+    while (job := search.next()) is not None and job.number < known:
+        search.report(job, small.evaluate(job.plan, job.images))
+    assert job is not None
+    assert len(search.records()) == known + 1
+    search.prepare()
+    assert len(search.records()) == known + 2
+    second = search.next()
+    assert second is not None
+    assert second.number == job.number + 1
+    assert len(search.records()) == known + 2
+
+
 def test_another_seed_gives_other_trials(url: str, undisturbed: Search) -> None:
     other = small.story(small.drive(small.open_search(url, seed=1)))
     assert other != small.story(undisturbed)

@@ -7,12 +7,12 @@ gives the same bits twice.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
 
-from dsm_tune.merging.matching import Choice, halves
-from dsm_tune.merging.moves import moves_of
+from dsm_tune.merging.matching import Choice, first_positions, halves
 
 __all__ = ["Tokens", "follow", "merge", "rows_at"]
 
@@ -69,44 +69,152 @@ def merge(
     x, size = tokens.x, tokens.size
     if size is None:
         size = x.new_ones(x.shape[:2], dtype=torch.float32)
-    moves = moves_of(choice, x.shape[1], prefix)
-    sizes = moves.numbers(size)
-    stays, joins = moves.part(sizes)
+    moves = _moves(choice, x.shape[1], prefix)
+    stays, joins = moves.part(size)
     new_size = total = moves.sum_into(stays, joins)
     if weight is not None:
-        stays, joins = moves.part(sizes * moves.numbers(weight))
+        stays, joins = moves.part(size * weight)
         total = moves.sum_into(stays, joins)
-    share = joins / moves.met_by(total)
-    shares = moves.column(share)
+    share = (joins / moves.met_by(total)).unsqueeze(1)
 
-    def mean(rows: Tensor) -> Tensor:
-        stays, joins = moves.part(rows)
-        summed: Tensor = moves.sum_into(stays, (joins - moves.met_by(stays)).float() * shares)
-        return summed
+    def mean(stays: Tensor, joins: Tensor) -> Tensor:
+        return moves.sum_into(stays, (joins - moves.met_by(stays)).float() * share)
 
-    merged = mean(x.flatten(0, 1))
+    merged = mean(*moves.part(x))
     if norm != "free":
-        stays, joins = moves.part(moves.numbers(_lengths(x.flatten(0, 1))))
-        if norm == "mean":
-            wanted = moves.sum_into(stays, (joins - moves.met_by(stays)) * share)
-        else:
-            wanted = moves.largest(stays, joins)
-        scale = moves.ratio(wanted, moves.numbers(_lengths(merged)))
-        merged = (merged * moves.column(scale)).to(x.dtype)
+        stays, joins = moves.part(torch.linalg.vector_norm(x.float(), dim=2).unsqueeze(2))
+        wanted = mean(stays, joins) if norm == "mean" else moves.largest(stays, joins)
+        actual = torch.linalg.vector_norm(merged.float(), dim=1, keepdim=True).clamp_min(1e-6)
+        scale = (wanted / actual).masked_fill(moves.alone().unsqueeze(1), 1.0)
+        merged = (merged * scale).to(x.dtype)
     place = tokens.place
     if place is not None:
-        places = place.flatten(0, 1)
-        place = moves.by_image(mean(places) if centroid else moves.part(places)[0])
+        parts = moves.part(place)
+        place = moves.by_image(mean(*parts) if centroid else parts[0])
     origin = None
     if tokens.origin is not None:
         origin = follow(tokens.origin, _positions(choice, size.shape[1], prefix))
     return Tokens(moves.by_image(merged), moves.by_image(new_size), place, origin)
 
 
-def _lengths(rows: Tensor) -> Tensor:
-    """Lengths of [rows, C]: [rows] float32."""
-    lengths: Tensor = torch.linalg.vector_norm(rows.float(), dim=1)
-    return lengths
+@dataclasses.dataclass(frozen=True)
+class _Moves:
+    """Where the tokens of a merge go. Rows are tokens, the images behind one another.
+
+    Attributes:
+        order: [B (N - r) + B r] of the B N rows: those that stay, in their new order, then those
+            that join one.
+        target: [B r] of the B (N - r) rows that stay: whom they join.
+        onto: [B, b, r] float32, 1 where a source joins an odd token: the sum as a product, which
+            gives the same bits twice on any device and can be exported. ``None`` in eager mode on
+            a CPU, where adding row by row does too, and is faster.
+        batch, left: B and N - r.
+    """
+
+    order: Tensor
+    target: Tensor
+    onto: Tensor | None
+    batch: int
+    left: int
+
+    def part(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Part [B, N, …] into the rows that stay and those that join one."""
+        rows = values.flatten(0, 1).index_select(0, self.order)
+        stay = self.batch * self.left
+        return rows[:stay], rows[stay:]
+
+    def met_by(self, stays: Tensor) -> Tensor:
+        """For each row that joins one, the row that it joins."""
+        return stays.index_select(0, self.target)
+
+    def sum_into(self, stays: Tensor, change: Tensor) -> Tensor:
+        """Add float32 rows to those that they join, summed in float32; may use up ``stays``."""
+        if self.onto is None:
+            return stays.float().index_add_(0, self.target, change).to(stays.dtype)
+        rows = stays.view(self.batch, self.left, -1)
+        first = self.left - self.onto.shape[1]
+        change = change.view(self.batch, self.onto.shape[2], rows.shape[2])
+        odd = torch.baddbmm(rows[:, first:].float(), self.onto, change).to(stays.dtype)
+        return torch.cat([rows[:, :first], odd], dim=1).view(stays.shape)
+
+    def largest(self, stays: Tensor, joins: Tensor) -> Tensor:
+        """The largest of [B (N - r), 1] and the [B r, 1] that join it."""
+        if self.onto is None:
+            index = self.target.unsqueeze(1)
+            return stays.scatter_reduce(0, index, joins, "amax")
+        rows = stays.view(self.batch, self.left)
+        first = self.left - self.onto.shape[1]
+        most = (self.onto * joins.view(self.batch, 1, -1)).amax(dim=2)
+        odd = torch.maximum(rows[:, first:], most)
+        return torch.cat([rows[:, :first], odd], dim=1).view(stays.shape)
+
+    def alone(self) -> Tensor:
+        """Which rows that stay are joined by none: [B (N - r)] bool."""
+        if self.onto is None:
+            one = torch.ones(self.batch * self.left, dtype=torch.bool)
+            return one.index_fill_(0, self.target, False)
+        odd = self.onto.amax(dim=2) == 0
+        front = odd.new_ones(self.batch, self.left - odd.shape[1])
+        return torch.cat([front, odd], dim=1).flatten()
+
+    def by_image(self, rows: Tensor) -> Tensor:
+        """[B (N - r), …] as [B, N - r, …]."""
+        return rows.view(self.batch, self.left, *rows.shape[1:])
+
+
+def _moves(choice: Choice, count: int, prefix: int) -> _Moves:
+    """Lay out the moves of a choice among N tokens."""
+    batch, r = choice.destination.shape
+    left, device = count - r, choice.order.device
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if device.type == "cpu" and not is_traced:
+        seats = _seats(batch, count, r, prefix)
+        source = seats.even.gather(1, choice.source).view(-1)
+        target = seats.odd.gather(1, choice.destination).view(-1)
+        order = seats.rank.scatter(0, source, seats.late).sort()[1]
+        return _Moves(order, target, None, batch, left)
+    even_at, odd_at = first_positions(prefix)
+    at = torch.arange(count, device=device).expand(batch, count)
+    odd = at[:, odd_at::2]
+    several = odd.shape[1]
+    stay = torch.cat([at[:, :prefix], choice.kept * 2 + even_at, odd], dim=1)
+    image = torch.arange(batch, device=device).unsqueeze(1)
+    source = choice.source * 2 + even_at + image * count
+    order = torch.cat([(stay + image * count).flatten(), source.flatten()])
+    target = choice.destination + (left - several) + image * left
+    onto = choice.destination.unsqueeze(1) == at[:, :several].unsqueeze(2)
+    return _Moves(order, target.flatten(), onto.float(), batch, left)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seats:
+    """Constants of all merges of r of N tokens, on the CPU.
+
+    Attributes:
+        even: [B, a] row of each even token before the merge.
+        odd: [B, b] row of each odd token after it.
+        rank: [B N] where each row would go if none left; what leaves gets a ``late`` [B r] one.
+    """
+
+    even: Tensor
+    odd: Tensor
+    rank: Tensor
+    late: Tensor
+
+
+@functools.lru_cache(maxsize=1024)
+def _seats(batch: int, count: int, r: int, prefix: int) -> _Seats:
+    with torch.inference_mode(False):  # they outlive this forward
+        rows = torch.arange(batch * count).view(batch, count)
+        even = halves(rows, prefix)[0]
+        behind = prefix + even.shape[1]
+        rank = rows.clone()
+        halves(rank, prefix)[0].copy_(rows[:, prefix:behind])
+        halves(rank, prefix)[1].copy_(rows[:, behind:])
+        left = count - r
+        after = torch.arange(batch * left).view(batch, left)[:, behind - r :]
+        late = torch.arange(batch * count, batch * (count + r))
+        return _Seats(even.contiguous(), after.contiguous(), rank.flatten(), late)
 
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from dsm_tune.plan import FEATURES, Geometry, Matching, MergePlan
 from dsm_tune.profile import DeviceProfile, fingerprint_of
 from dsm_tune.results import LatencyMs
 from dsm_tune.runtimes.onnx.files import need_packages
-from dsm_tune.searching.crew import Cluster, most_cpus, run_alone
+from dsm_tune.searching.crew import Cluster, run_alone, target_cpus
 
 __all__ = ["TargetDevice", "measure_device", "predict_latency", "present"]
 
@@ -103,11 +103,11 @@ class TargetDevice:
         return Target(inputs.model, batch, self.device, config.dtype, self.threads, config.runtime)
 
     def _alone(self, cluster: Cluster, call: Callable[..., Any], *arguments: Any) -> Any:
-        most = most_cpus() if cluster.address else cluster.workers  # more would never come
-        cpus = min(self.threads, most)
         # On this machine the crew holds the GPUs, and waits while something is timed.
         gpus = float(self.device.startswith("cuda") and cluster.address is not None)
-        return run_alone(call, *arguments, cpus=cpus, gpus=gpus)
+        most = target_cpus(gpus) if cluster.address else cluster.workers  # more would never come
+        cpus = min(self.threads, most)
+        return run_alone(call, *arguments, cpus=cpus, gpus=gpus, on_death=cluster.on_death)
 
 
 def predict_latency(profile: DeviceProfile, plans: Sequence[MergePlan]) -> list[Confirmed]:

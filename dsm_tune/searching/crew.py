@@ -7,16 +7,20 @@ import dataclasses
 import logging
 import os
 import socket
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.util import ActorPool
+from ray.exceptions import NodeDiedError, RayActorError, WorkerCrashedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dsm_tune.errors import ConfigError, first_line
-from dsm_tune.searching.worker import Member
+from dsm_tune.searching.worker import Member, wait_for
 
-__all__ = ["Cluster", "Crew", "connected", "most_cpus", "run_alone"]
+__all__ = ["RERUNS", "Cluster", "Crew", "connected", "run_alone", "target_cpus"]
+
+RERUNS = 2  # of what was being done in a process that died
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +32,14 @@ class Cluster:
         workers: jobs at a time.
         gpus_per_worker: may be a fraction.
         trial_seconds: limit of one evaluation; a worker that exceeds it is ended.
+        on_death: is told, in a few words, what is done again because its process has died.
     """
 
     address: str | None = None
     workers: int = 2
     gpus_per_worker: float = 0.0
     trial_seconds: float = 600.0
+    on_death: Callable[[str], None] = lambda what: None
 
 
 @contextlib.contextmanager
@@ -94,20 +100,70 @@ def _store_bytes() -> int:
     return 1 << 30
 
 
-def run_alone(function: Callable[..., Any], *arguments: Any, cpus: int, gpus: float = 0.0) -> Any:
-    """Call a function in a fresh process, with no trial running beside it; returns its result."""
+def run_alone(
+    function: Callable[..., Any],
+    *arguments: Any,
+    cpus: int,
+    gpus: float = 0.0,
+    on_death: Callable[[str], None] = lambda what: None,
+) -> Any:
+    """Call a function in a fresh process, with no trial running beside it; returns its result.
+
+    It runs on one node each time, see :func:`target_cpus`; on another one only if that is gone.
+
+    Args:
+        function: pickled by Ray.
+        arguments: of it.
+        cpus, gpus: that it has for itself.
+        on_death: is told if it is called again because its process has died.
+    """
 
     def call(*arguments: Any) -> Any:
         return function(*arguments)
 
-    alone = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1)(call)
-    return ray.get(alone.remote(*arguments))
+    for attempt in range(RERUNS + 1):
+        node = _target(gpus)
+        here = None if node is None else NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
+        alone = ray.remote(
+            num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0, scheduling_strategy=here
+        )(call)
+        try:
+            return ray.get(alone.remote(*arguments))
+        except (WorkerCrashedError, NodeDiedError):
+            if attempt == RERUNS:
+                raise
+            on_death("what is timed alone")
+    raise AssertionError("returned or raised by then")
 
 
-def most_cpus() -> int:
-    """CPUs of the node of the cluster that has most; at least 1."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return max([1, *(int(resources.get("CPU", 0)) for resources in nodes)])
+def target_cpus(gpus: float = 0.0) -> int:
+    """CPUs of the node on which plans are timed: the driver's, if it has any; at least 1.
+
+    A cluster's head often offers none, and its driver no more than asks: then it is the node with
+    most CPUs, the first of these by its id, so that a profile and what it is compared with are of
+    one machine.
+
+    Args:
+        gpus: that the node must have.
+    """
+    node = _target(gpus)
+    return 1 if node is None else max(1, int(node["Resources"].get("CPU", 0)))
+
+
+def _target(gpus: float) -> dict[str, Any] | None:
+    able = [
+        node
+        for node in ray.nodes()
+        if node["Alive"]
+        and node["Resources"].get("CPU", 0) >= 1
+        and node["Resources"].get("GPU", 0) >= gpus
+    ]
+    here = ray.get_runtime_context().get_node_id()
+    return min(
+        able,
+        key=lambda node: (node["NodeID"] != here, -node["Resources"]["CPU"], node["NodeID"]),
+        default=None,
+    )
 
 
 class Crew:
@@ -137,11 +193,32 @@ class Crew:
         return self._members
 
     def map(self, function: Callable[[Any, Any], Any], items: Sequence[Any]) -> list[Any]:
-        """Call ``function(made, item)`` for each item; results in order."""
-        pool = ActorPool(self.members())
-        return list(
-            pool.map(lambda actor, item: actor.call.remote(self.make, function, item), items)
-        )
+        """Call ``function(made, item)`` for each item; results in order.
+
+        What a process was doing when it died is done again, twice at most.
+        """
+        idle, waiting = deque(self.members()), deque(enumerate(items))
+        running: dict[Any, tuple[int, Any, Any]] = {}
+        found: dict[int, Any] = {}
+        deaths: dict[int, int] = {}
+        while waiting or running:
+            while waiting and idle:
+                (index, item), member = waiting.popleft(), idle.popleft()
+                asked = member.call.remote(self.make, function, item)
+                running[asked] = index, item, member
+            (done, *_), _ = ray.wait(list(running))
+            index, item, member = running.pop(done)
+            try:
+                found[index] = ray.get(done)
+            except RayActorError:
+                deaths[index] = deaths.get(index, 0) + 1
+                if deaths[index] > RERUNS:
+                    raise
+                wait_for(member)
+                self.cluster.on_death("images under a model")
+                waiting.appendleft((index, item))
+            idle.append(member)
+        return [found[index] for index in range(len(items))]
 
     def rest(self) -> None:
         """End the processes, and with them their hold on GPUs; the next call starts them anew."""

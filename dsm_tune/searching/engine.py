@@ -26,13 +26,12 @@ from ray.tune.search.optuna import OptunaSearch
 
 from dsm_tune.errors import ConfigError
 from dsm_tune.results import Evaluation
-from dsm_tune.searching.crew import Cluster, Crew
+from dsm_tune.searching.crew import RERUNS, Cluster, Crew
 from dsm_tune.searching.search import Job, Search
 from dsm_tune.searching.worker import Evaluate, Worker
 
 __all__ = ["run_search"]
 
-RERUNS = 2  # of a job whose process died
 WARM_UP_SECONDS = 30.0  # that the first worker waits for the last
 
 
@@ -116,6 +115,7 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
     def _not_started(self, job: Job) -> None:
         self.search.give_back(job)
         self.false_starts += 1
+        self.search.study.note("start", f"last: before trial {job.number}")
         if self.false_starts > RERUNS * self.cluster.workers:
             raise ConfigError(
                 f"{self.false_starts} workers in a row have died before their first trial; each "
@@ -126,6 +126,7 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
         key = job.number, job.images
         self.deaths[key] = self.deaths.get(key, 0) + 1
         if self.deaths[key] <= RERUNS:
+            self.search.study.note("worker", f"last: trial {job.number} on {job.images} images")
             self.search.give_back(job)
         else:
             cause = f"its worker died {self.deaths[key]} times"

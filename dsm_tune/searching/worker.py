@@ -15,14 +15,15 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Evaluation
 
-__all__ = ["Evaluate", "Member", "Worker"]
+__all__ = ["Evaluate", "Member", "Worker", "wait_for"]
 
 Evaluate = Callable[[Any, MergePlan, int], Evaluation]
+RESTART_SECONDS = 120.0  # that a member may take to be there again
 
 
 class Member:
@@ -34,6 +35,10 @@ class Member:
 
     def __init__(self) -> None:
         self._made: list[Any] = []
+
+    def is_there(self) -> bool:
+        """Answer."""
+        return True
 
     def call(self, make: list[Any], function: Callable[[Any, Any], Any], item: Any) -> Any:
         """Call ``function(made, item)``."""
@@ -75,6 +80,26 @@ class Member:
         return self._made[0]
 
 
+def wait_for(member: Any, seconds: float = RESTART_SECONDS) -> None:
+    """Wait for a member of a crew whose process is being started anew.
+
+    Ray refuses what such a member is asked, with the error of one that has died meanwhile: what
+    has not begun would count as what has failed.
+
+    Raises:
+        RayActorError: if it is dead, or not there in time.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            ray.get(member.is_there.remote())
+            return
+        except ActorUnavailableError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
 class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
     """Hands one job after the other to the member of the crew that it names."""
 
@@ -110,6 +135,7 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
             return {"done": False}
         member = self.members[self.job["member"]]
         try:
+            wait_for(member)
             found = ray.get(member.evaluate.remote(*self.shared, self.job, self.trial_seconds))
         except RayActorError:
             return {"died": True, "done": True}

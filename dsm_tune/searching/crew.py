@@ -7,7 +7,8 @@ import dataclasses
 import logging
 import os
 import socket
-from collections import deque
+import uuid
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -122,8 +123,8 @@ def run_alone(
         return function(*arguments)
 
     for attempt in range(RERUNS + 1):
-        node = _target(gpus)
-        here = None if node is None else NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
+        target = _target(gpus)
+        here = None if target is None else NodeAffinitySchedulingStrategy(target[0], soft=True)
         alone = ray.remote(
             num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0, scheduling_strategy=here
         )(call)
@@ -146,24 +147,25 @@ def target_cpus(gpus: float = 0.0) -> int:
     Args:
         gpus: that the node must have.
     """
-    node = _target(gpus)
-    return 1 if node is None else max(1, int(node["Resources"].get("CPU", 0)))
+    target = _target(gpus)
+    return 1 if target is None else int(target[1])
 
 
-def _target(gpus: float) -> dict[str, Any] | None:
-    able = [
-        node
-        for node in ray.nodes()
-        if node["Alive"]
-        and node["Resources"].get("CPU", 0) >= 1
-        and node["Resources"].get("GPU", 0) >= gpus
-    ]
+def _target(gpus: float) -> tuple[str, float] | None:
+    """The node on which plans are timed, and its CPUs; ``None`` where no node has any."""
+    able = {node: cpus for node, (cpus, more) in _cpus_by_node().items() if more >= gpus}
     here = ray.get_runtime_context().get_node_id()
-    return min(
-        able,
-        key=lambda node: (node["NodeID"] != here, -node["Resources"]["CPU"], node["NodeID"]),
-        default=None,
-    )
+    return min(able.items(), key=lambda one: (one[0] != here, -one[1], one[0]), default=None)
+
+
+def _cpus_by_node() -> dict[str, tuple[float, float]]:
+    """CPUs and GPUs of each node that has a CPU, by its id."""
+    found = {}
+    for node in ray.nodes():
+        cpus, gpus = (node["Resources"].get(name, 0.0) for name in ("CPU", "GPU"))
+        if node["Alive"] and cpus >= 1:
+            found[str(node["NodeID"])] = cpus, gpus
+    return found
 
 
 class Crew:
@@ -178,19 +180,53 @@ class Crew:
         self.cluster = cluster
         self.make = [ray.put(make)]  # a list, which Ray does not unpack
         self._members: list[Any] = []
+        self._homes: list[str] = []  # the nodes that they were started on
+        self._names: list[str] = []
 
     def members(self) -> list[Any]:
-        """Handles of the processes; they are started at the first call."""
-        if not self._members:
-            # No CPU is reserved: Ray Tune's workers reserve them, and wait meanwhile.
-            member = ray.remote(
-                num_cpus=0,
-                num_gpus=self.cluster.gpus_per_worker,
-                max_restarts=-1,
-                scheduling_strategy="SPREAD",
-            )(Member)
-            self._members = [member.remote() for _ in range(self.cluster.workers)]
+        """Handles of the processes; they are started at the first call, evenly over the nodes."""
+        while len(self._members) < self.cluster.workers:
+            self._members.append(None)
+            self._homes.append("")
+            self._names.append("")
+            self._start(len(self._members) - 1, self._best_home(len(self._members) - 1))
         return self._members
+
+    def settle(self, index: int) -> str:
+        """Move an idle member to where there is more room for it; returns its name in Ray.
+
+        A node may have joined, and its own may have left: Ray has started it anew on some other.
+        """
+        best = self._best_home(index)
+        if best != self._homes[index]:
+            ray.kill(self._members[index])
+            self._start(index, best)
+        return self._names[index]
+
+    def _start(self, index: int, home: str) -> None:
+        where = NodeAffinitySchedulingStrategy(home, soft=True) if home else "SPREAD"
+        name = f"dsm-tune-{uuid.uuid4().hex}"
+        # No CPU is reserved: Ray Tune's workers reserve them, and wait meanwhile.
+        member = ray.remote(
+            name=name,
+            num_cpus=0,
+            num_gpus=self.cluster.gpus_per_worker,
+            max_restarts=-1,
+            scheduling_strategy=where,
+        )(Member)
+        self._members[index] = member.remote()
+        self._homes[index], self._names[index] = home, name
+
+    def _best_home(self, index: int) -> str:
+        """The node with fewest other members for its CPUs; where a member is, if that is one."""
+        gpus, cpus = self.cluster.gpus_per_worker, _cpus_by_node()
+        able = {node: count for node, (count, more) in cpus.items() if more >= gpus}
+        others = Counter(home for i, home in enumerate(self._homes) if i != index)
+        return min(
+            able,
+            key=lambda node: ((others[node] + 1) / able[node], node != self._homes[index], node),
+            default=self._homes[index],
+        )
 
     def map(self, function: Callable[[Any, Any], Any], items: Sequence[Any]) -> list[Any]:
         """Call ``function(made, item)`` for each item; results in order.
@@ -224,4 +260,4 @@ class Crew:
         """End the processes, and with them their hold on GPUs; the next call starts them anew."""
         for member in self._members:
             ray.kill(member)
-        self._members = []
+        self._members, self._homes, self._names = [], [], []

@@ -101,12 +101,11 @@ def wait_for(member: Any, seconds: float = RESTART_SECONDS) -> None:
 
 
 class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
-    """Hands one job after the other to the member of the crew that it names."""
+    """Hands one job after the other to the member of the crew that the job names."""
 
     def setup(
         self,
         config: dict[str, Any],
-        members: Any = None,
         shared: Any = None,
         trial_seconds: float = 600.0,
     ) -> None:
@@ -114,12 +113,12 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
 
         Args:
             config: the job.
-            members: handles of the crew.
-            shared: what each of them is to make, and the :data:`Evaluate`, as references in lists.
+            shared: what each member of the crew is to make, and the :data:`Evaluate`, as
+                references in lists.
             trial_seconds: limit of one evaluation.
         """
         self.job = config
-        self.members: list[Any] = members
+        self.members: dict[str, Any] = {}  # by name
         self.shared: tuple[list[Any], list[Any]] = shared
         self.trial_seconds = trial_seconds
 
@@ -133,11 +132,14 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
         if "plan" not in self.job:
             time.sleep(0.05)
             return {"done": False}
-        member = self.members[self.job["member"]]
+        name = self.job["member"]
         try:
-            wait_for(member)
-            found = ray.get(member.evaluate.remote(*self.shared, self.job, self.trial_seconds))
-        except RayActorError:
+            if name not in self.members:
+                self.members[name] = ray.get_actor(name)
+            wait_for(self.members[name])
+            asked = self.members[name].evaluate.remote(*self.shared, self.job, self.trial_seconds)
+            found = ray.get(asked)
+        except (RayActorError, ValueError):  # the latter for a name that is no more
             return {"died": True, "done": True}
         return {"evaluation": found, "done": True}
 

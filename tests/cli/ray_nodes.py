@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from command_line import environment
+from processes import alive, descendants
 from servers import end, free_port, wait_until
 
 NEEDED = ("aiohttp_cors", "grpc", "opencensus", "prometheus_client")  # of ray[default]
@@ -58,7 +60,12 @@ class RayNodes:
 
     def kill(self, name: str) -> None:
         """End a node and all its processes, as if its machine had lost power."""
-        end(self.nodes.pop(name))
+        node = self.nodes.pop(name)
+        below = descendants(node.pid)
+        end(node)
+        for pid in alive(below):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _start(self, name: str, words: list[str]) -> None:
         """Start a node and wait for it; Ray gives it half a minute, a busy machine needs more."""

@@ -187,12 +187,13 @@ class Tune:
         time.sleep(FULL_SECONDS)
         ballast.unlink()
 
-    def limit_files(self, fault: Fault) -> None:
+    def limit_files(self, disk: Path, fault: Fault) -> None:
         """The driver's files must not grow any more; after a while, they may."""
         assert self._process is not None
         pid, told = self._process.pid, self.said().count("does not answer")
         before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, before[1]))
+        size = disk.joinpath("studies.db").stat().st_size
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, before[1]))
         self._wait(lambda: self.said().count("does not answer") > told, "a limit of files")
         time.sleep(FULL_SECONDS)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, before)

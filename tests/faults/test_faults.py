@@ -25,8 +25,9 @@ TRIALS = 28
 SEARCH_SEED = "3"
 WORDS = ("--budget-gflops", "60%", "--trials", f"{TRIALS}", "--seed", SEARCH_SEED, "--workers", "2")
 CLUSTER = {  # studies on a cluster with a database server, and no MLflow at all
-    "one": {"worker": 3, "node": 2, "driver": 1, "database": 1},
-    "two": {"worker": 2, "node": 2, "driver": 2, "database": 2},
+    "one": {"worker": 4, "database": 1},
+    "two": {"node": 3, "database": 1},
+    "three": {"driver": 3, "worker": 1, "node": 1, "database": 1},
 }
 DISK = {"full disk": 2, "file limit": 2, "driver": 2}
 JUMPS = 4  # of the clock
@@ -112,8 +113,9 @@ def test_workers_nodes_driver_database_and_mlflow_may_fail_at_any_moment(
             )
             seen = check_same(tune, undisturbed)
     asked = CLUSTER[study]
-    assert seen["worker"] + seen.get("start", 0) >= asked["worker"] + asked["node"]
-    assert seen["driver"] == asked["driver"]
+    deaths = seen.get("worker", 0) + seen.get("start", 0)
+    assert deaths >= asked.get("worker", 0) + asked.get("node", 0)
+    assert seen.get("driver", 0) == asked.get("driver", 0)
     assert seen["store"] >= asked["database"]
     assert seen["tracking"] >= DEAD_MLFLOW
     assert len(tune.injected) == len(faults)
@@ -145,7 +147,7 @@ def test_the_disk_of_the_store_may_be_full_for_a_while(
                 faults,
                 {
                     "full disk": functools.partial(tune.fill, disk),
-                    "file limit": tune.limit_files,
+                    "file limit": functools.partial(tune.limit_files, disk),
                     "driver": tune.kill_driver,
                 },
             )

@@ -50,7 +50,8 @@ class RayNodes:
         head = ["--head", "--port", f"{self._gcs}", "--num-cpus", "0"]
         head += ["--dashboard-port", f"{self._dashboard}", "--temp-dir", str(self._folder)]
         head += ["--include-dashboard", str(self._with_dashboard).lower()]
-        head += ["--ray-client-server-port", f"{free_port()}"]
+        if self._with_dashboard:  # ray[default] has Ray's client too
+            head += ["--ray-client-server-port", f"{free_port()}"]
         self._start(HEAD, head)
 
     def join(self, name: str) -> None:

@@ -22,6 +22,7 @@ from schedule import Fault
 from servers import Postgres, wait_until
 
 BUSY = ("ray::Member.evaluate", "ray::Worker.train")  # as Ray calls processes that work on a trial
+WORKERS = ("ray::Member", "ray::Worker")
 AWAY_SECONDS = 20.0
 FULL_SECONDS = 5.0
 NEVER = 280.0
@@ -219,11 +220,16 @@ class Tune:
 
     def _caught(self, cluster: RayNodes, fault: Fault) -> int:
         """A process of the cluster in the middle of a trial, stopped there."""
-        end = time.monotonic() + NEVER
-        while time.monotonic() < end:
-            nodes = [node for name, node in cluster.nodes.items() if name != HEAD]
-            below = sorted(set().union(*(descendants(node.pid) for node in nodes)))
-            busy = [pid for pid in below if title(pid).startswith(BUSY)]
+        assert self._process is not None
+        look_again = 0.0
+        workers: list[int] = []
+        while self._process.poll() is None:
+            if time.monotonic() > look_again:  # which takes longer than a trial
+                nodes = [node for name, node in cluster.nodes.items() if name != HEAD]
+                below = sorted(set().union(*(descendants(node.pid) for node in nodes)))
+                workers = [pid for pid in below if title(pid).startswith(WORKERS)]
+                look_again = time.monotonic() + 2.0
+            busy = [pid for pid in workers if title(pid).startswith(BUSY)]
             if busy:
                 pid = busy[int(fault.dice * len(busy))]
                 with contextlib.suppress(ProcessLookupError):
@@ -231,5 +237,4 @@ class Tune:
                     if title(pid).startswith(BUSY):
                         return pid
                     os.kill(pid, signal.SIGCONT)
-            time.sleep(0.01)
-        raise AssertionError("no process works on a trial")
+        raise AssertionError(f"ended before {fault}\n{self.said()}")

@@ -128,10 +128,6 @@ class Tune:
         """Wait until so many are stored; the driver must not end before."""
         self._wait(lambda: len(self.evaluations()) >= evaluations, f"{evaluations} evaluations")
 
-    def wait_until_said(self, words: str) -> None:
-        """Wait until the driver has told something."""
-        self._wait(lambda: words in self.said(), words)
-
     def _wait(self, done: Callable[[], bool], what: str) -> None:
         assert self._process is not None
         process = self._process
@@ -173,31 +169,39 @@ class Tune:
 
     def stop_database(self, database: Postgres, fault: Fault) -> None:
         """The database crashes, and is there again after a while."""
-        database.stop(signal.SIGQUIT)
-        self.wait_until_said("the study store does not answer")
-        time.sleep(AWAY_SECONDS)
-        database.start()
+        self._absence(lambda: database.stop(signal.SIGQUIT), database.start, AWAY_SECONDS)
 
     def fill(self, disk: Path, fault: Fault) -> None:
         """No byte fits on the store's disk any more; after a while, there is room again."""
-        ballast, told = disk / "ballast", self.said().count("does not answer")
-        with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-            while file.write(bytes(4096)):
-                pass
-        self._wait(lambda: self.said().count("does not answer") > told, "a full disk")
-        time.sleep(FULL_SECONDS)
-        ballast.unlink()
+        ballast = disk / "ballast"
+
+        def write() -> None:
+            with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+
+        self._absence(write, ballast.unlink, FULL_SECONDS)
 
     def limit_files(self, disk: Path, fault: Fault) -> None:
         """The driver's files must not grow any more; after a while, they may."""
         assert self._process is not None
-        pid, told = self._process.pid, self.said().count("does not answer")
+        pid, size = self._process.pid, (disk / "studies.db").stat().st_size
         before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-        size = disk.joinpath("studies.db").stat().st_size
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, before[1]))
-        self._wait(lambda: self.said().count("does not answer") > told, "a limit of files")
-        time.sleep(FULL_SECONDS)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+        def limit(most: int) -> None:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (most, before[1]))
+
+        self._absence(lambda: limit(size), lambda: limit(before[0]), FULL_SECONDS)
+
+    def _absence(self, begin: Callable[[], None], end: Callable[[], None], seconds: float) -> None:
+        """Have the store away until the driver has said so, and so long; then until it is back."""
+        away, back = ("the study store does not answer", "the study store is back")
+        told = {words: self.said().count(words) for words in (away, back)}
+        begin()
+        self._wait(lambda: self.said().count(away) > told[away], away)
+        time.sleep(seconds)
+        end()
+        self._wait(lambda: self.said().count(back) > told[back], back)
 
     def noted(self) -> dict[str, dict[str, Any]]:
         """The faults that the study has noted of itself."""

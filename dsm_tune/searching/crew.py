@@ -115,7 +115,7 @@ def run_alone(
     Args:
         function: pickled by Ray.
         arguments: of it.
-        cpus, gpus: that it has for itself.
+        cpus, gpus: that it has for itself; of CPUs no more than its node has.
         on_death: is told if it is called again because its process has died.
     """
 
@@ -123,8 +123,10 @@ def run_alone(
         return function(*arguments)
 
     for attempt in range(RERUNS + 1):
-        target = _target(gpus)
-        here = None if target is None else NodeAffinitySchedulingStrategy(target[0], soft=True)
+        here, target = None, _target(gpus)
+        if target is not None:  # another one than before may have fewer CPUs
+            cpus = min(cpus, int(target[1]))
+            here = NodeAffinitySchedulingStrategy(target[0], soft=True)
         alone = ray.remote(
             num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0, scheduling_strategy=here
         )(call)

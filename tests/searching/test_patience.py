@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -169,3 +170,28 @@ def test_a_trial_is_added_once_though_nobody_heard_that_it_was(times: int, tmp_p
     assert study.records() == [*known, added]
     study.close(added.number, "failed", values=None, excess=0.0, why="for a test")
     assert study.records()[-1].state == "failed"
+
+
+def test_a_file_that_may_not_grow_for_a_while_costs_no_trial(tmp_path: Path) -> None:
+    plain = small.drive(opened(tmp_path / "plain"))
+    search = opened(tmp_path / "limited")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "limited" / "studies.db").stat().st_size
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    search.study.patience = Patience(sleep=sleep)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        small.drive(search)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(slept) == 3
+    assert small.story(search) == small.story(plain)
+    stored = Study.load(f"sqlite:///{tmp_path}/limited/studies.db", "small")
+    assert stored.records() == search.records()
+    assert stored.facts["faults"] == {"store": {"count": 1, "detail": "last: disk I/O error"}}

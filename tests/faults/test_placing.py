@@ -54,15 +54,18 @@ def test_a_crew_follows_the_nodes_and_what_is_timed_stays_on_one_of_them(tmp_pat
         ray_cluster("left", "right", with_dashboard=False) as nodes,
         placing(nodes.address, tmp_path) as process,
     ):
-        first = ask(process)
-        assert {name for (name,) in first["crew"]} == {"left", "right"}
-        timed = {name for (name,) in first["timed"]}
+
+        def wait_for_crew(*names: str) -> None:  # a node takes a while to be known
+            wait_until(
+                lambda: {name for (name,) in ask(process)["crew"]} == {*names},
+                f"the crew does not come to {names}",
+            )
+
+        wait_for_crew("left", "right")
+        timed = {name for (name,) in ask(process)["timed"]}
         assert len(timed) == 1
         (other,) = {"left", "right"} - timed
         nodes.kill(other)
         nodes.join("third")
-        wait_until(
-            lambda: {name for (name,) in ask(process)["crew"]} == {"third", *timed},
-            "the crew does not come to the node that has joined",
-        )
+        wait_for_crew("third", *timed)
         assert {name for (name,) in ask(process)["timed"]} == timed

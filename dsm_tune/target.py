@@ -25,7 +25,7 @@ from dsm_tune.plan import FEATURES, Geometry, Matching, MergePlan
 from dsm_tune.profile import DeviceProfile, fingerprint_of
 from dsm_tune.results import LatencyMs
 from dsm_tune.runtimes.onnx.files import need_packages
-from dsm_tune.searching.crew import Cluster, run_alone, target_cpus
+from dsm_tune.searching.crew import Cluster, run_alone, timing_node
 
 __all__ = ["TargetDevice", "measure_device", "predict_latency", "present"]
 
@@ -45,6 +45,7 @@ class TargetDevice:
         self.config = config
         self.device = present(device_of(config.device))
         self.threads = config.threads or os.cpu_count() or 1
+        self._node = ""  # of a cluster, where plans are timed
         file = config.device_profile
         self.given = None if file is None else DeviceProfile.load(file)
         if self.given is None:
@@ -105,9 +106,11 @@ class TargetDevice:
     def _alone(self, cluster: Cluster, call: Callable[..., Any], *arguments: Any) -> Any:
         # On this machine the crew holds the GPUs, and waits while something is timed.
         gpus = float(self.device.startswith("cuda") and cluster.address is not None)
-        most = target_cpus(gpus) if cluster.address else cluster.workers  # more would never come
-        cpus = min(self.threads, most)
-        return run_alone(call, *arguments, cpus=cpus, gpus=gpus, on_death=cluster.on_death)
+        self._node, most = timing_node(gpus, self._node) or ("", cluster.workers)
+        cpus = min(self.threads, most)  # more would never come
+        return run_alone(
+            call, *arguments, cpus=cpus, gpus=gpus, node=self._node, on_death=cluster.on_death
+        )
 
 
 def predict_latency(profile: DeviceProfile, plans: Sequence[MergePlan]) -> list[Confirmed]:

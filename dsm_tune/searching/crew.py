@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dsm_tune.errors import ConfigError, first_line
 from dsm_tune.searching.worker import Member, wait_for
 
-__all__ = ["RERUNS", "Cluster", "Crew", "connected", "run_alone", "target_cpus"]
+__all__ = ["RERUNS", "Cluster", "Crew", "connected", "run_alone", "timing_node"]
 
 RERUNS = 2  # of what was being done in a process that died
 
@@ -106,16 +106,16 @@ def run_alone(
     *arguments: Any,
     cpus: int,
     gpus: float = 0.0,
+    node: str = "",
     on_death: Callable[[str], None] = lambda what: None,
 ) -> Any:
     """Call a function in a fresh process, with no trial running beside it; returns its result.
-
-    It runs on one node each time, see :func:`target_cpus`; on another one only if that is gone.
 
     Args:
         function: pickled by Ray.
         arguments: of it.
         cpus, gpus: that it has for itself; of CPUs no more than its node has.
+        node: where it runs while that is there, see :func:`timing_node`.
         on_death: is told if it is called again because its process has died.
     """
 
@@ -123,9 +123,9 @@ def run_alone(
         return function(*arguments)
 
     for attempt in range(RERUNS + 1):
-        here, target = None, _target(gpus)
+        here, target = None, timing_node(gpus, node)
         if target is not None:  # another one than before may have fewer CPUs
-            cpus = min(cpus, int(target[1]))
+            cpus = min(cpus, target[1])
             here = NodeAffinitySchedulingStrategy(target[0], soft=True)
         alone = ray.remote(
             num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0, scheduling_strategy=here
@@ -139,25 +139,21 @@ def run_alone(
     raise AssertionError("returned or raised by then")
 
 
-def target_cpus(gpus: float = 0.0) -> int:
-    """CPUs of the node on which plans are timed: the driver's, if it has any; at least 1.
+def timing_node(gpus: float = 0.0, before: str = "") -> tuple[str, int] | None:
+    """Id and CPUs of the node on which plans are timed; ``None`` where no node has CPUs.
 
-    A cluster's head often offers none, and its driver no more than asks: then it is the node with
-    most CPUs, the first of these by its id, so that a profile and what it is compared with are of
-    one machine.
+    It is the driver's, if that has any. A cluster's head often offers none, and its driver no more
+    than asks: then it is the one where they were timed before, so that a profile and what it is
+    compared with are of one machine, and at first the one with most CPUs.
 
     Args:
         gpus: that the node must have.
+        before: id of the node where they were timed before.
     """
-    target = _target(gpus)
-    return 1 if target is None else int(target[1])
-
-
-def _target(gpus: float) -> tuple[str, float] | None:
-    """The node on which plans are timed, and its CPUs; ``None`` where no node has any."""
     able = {node: cpus for node, (cpus, more) in _cpus_by_node().items() if more >= gpus}
     here = ray.get_runtime_context().get_node_id()
-    return min(able.items(), key=lambda one: (one[0] != here, -one[1], one[0]), default=None)
+    best = min(able, key=lambda id: (id != here, id != before, -able[id], id), default=None)
+    return None if best is None else (best, int(able[best]))
 
 
 def _cpus_by_node() -> dict[str, tuple[float, float]]:

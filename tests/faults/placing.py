@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from dsm_tune.searching.crew import Cluster, Crew, connected, run_alone, target_cpus
+from dsm_tune.searching.crew import Cluster, Crew, connected, run_alone, timing_node
 
 WORKERS = 2
 
@@ -31,14 +31,15 @@ def here(made: Any, item: Any) -> str:
 def main() -> None:
     cluster = Cluster(sys.argv[1], WORKERS)
     with connected(cluster):
-        crew = Crew(nothing, cluster)
+        crew, timed = Crew(nothing, cluster), ""
         while True:
             names = {n["NodeID"]: sorted({*n["Resources"]} & {*sys.argv[2:]}) for n in ray.nodes()}
             crew.members()
             for index in range(WORKERS):
                 crew.settle(index)
+            timed, cpus = timing_node(before=timed) or ("", 1)
             found = {
-                "timed": [names[run_alone(node, cpus=target_cpus())] for _ in range(4)],
+                "timed": [names[run_alone(node, cpus=cpus, node=timed)] for _ in range(4)],
                 "crew": sorted(names[one] for one in crew.map(here, range(2 * WORKERS))),
             }
             print(json.dumps(found), flush=True)

@@ -144,13 +144,15 @@ class Tune:
             how[fault.kind](fault)
             self.injected.append(str(fault))
             print(f"injected: {fault}", flush=True)
-            self.wait_for(len(before) + 1)  # it goes on
+            self.wait_for(len(self.evaluations()) + 1)  # it goes on
             assert before.items() <= self.evaluations().items(), "what was stored has changed"
 
     def kill_driver(self, fault: Fault) -> None:
         """SIGKILL, and another driver."""
         self.kill()
         self.resume()
+        # What comes next shall find a search, not a driver that starts its processes.
+        self._wait(lambda: "searching" in self.said(), "a search that goes on")
 
     def kill_worker(self, cluster: RayNodes, fault: Fault) -> None:
         """SIGKILL of a process that works on a trial."""

@@ -14,7 +14,15 @@ from dsm_tune.config import absolute_storage
 from dsm_tune.errors import ConfigError, StudyError
 from dsm_tune.plan import MergePlan
 from dsm_tune.profile import DeviceProfile
-from dsm_tune.results import BudgetReport, LatencyMs, Result, Trial, TuneResult
+from dsm_tune.results import (
+    FAULTS,
+    BudgetReport,
+    Fault,
+    LatencyMs,
+    Result,
+    Trial,
+    TuneResult,
+)
 from dsm_tune.searching.budget import Cost, Limit, Limits, parse_limit
 from dsm_tune.searching.pareto import non_dominated
 from dsm_tune.searching.study import Record, Study
@@ -243,6 +251,15 @@ class Answer:
         duplicates = sum(r.redrawn.get("duplicate", 0) for r in self.records)
         return {**counts, "duplicate": duplicates}
 
+    def faults(self) -> list[Fault]:
+        """What went wrong and was survived; trials that failed are told by the last one's cause."""
+        noted = {kind: Fault(kind, **told) for kind, told in self.facts.get("faults", {}).items()}
+        failed = [record for record in self.records if record.state == "failed"]
+        if failed:
+            last = failed[-1]
+            noted["trial"] = Fault("trial", len(failed), f"trial {last.number}: {last.why}")
+        return [noted[kind] for kind in FAULTS if kind in noted]
+
     def reference(self, label: str) -> Result:
         """The dense model's, ToMe's or DSM's result; a trial's, unless the budget moved since."""
         plan = MergePlan.from_json(self.facts["references"][label])
@@ -282,6 +299,7 @@ class Answer:
             trials=self.counts(),
             front=front,
             chosen=self.choose(front),
+            faults=self.faults(),
         )
 
 

@@ -10,9 +10,11 @@ from typing import Any
 from dsm_tune.plan import MergePlan
 
 __all__ = [
+    "FAULTS",
     "REFERENCES",
     "BudgetReport",
     "Evaluation",
+    "Fault",
     "LatencyMs",
     "Result",
     "Trial",
@@ -20,6 +22,9 @@ __all__ = [
 ]
 
 REFERENCES = ("dense", "tome", "dsm")  # known plans that all others are compared with
+
+
+FAULTS = ("worker", "call", "start", "store", "driver", "clock", "tracking", "trial")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +163,26 @@ class BudgetReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fault:
+    """What went wrong in a study, and was survived.
+
+    Attributes:
+        kind: ``worker``: evaluations started again because a worker or its node had died;
+            ``call``: what else had to be started again for that; ``start``: workers that died
+            before their first job; ``store``: times the study's store was away; ``driver``:
+            runs that ended without a word and were resumed; ``clock``: its jumps during a
+            search; ``tracking``: runs in which MLflow
+            failed; ``trial``: trials that failed.
+        count: of times.
+        detail: of the last time.
+    """
+
+    kind: str
+    count: int
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class TuneResult:
     """A study and its answer: the ``--json`` document as attributes.
 
@@ -176,6 +201,7 @@ class TuneResult:
         trials: counts by state.
         front: feasible, mutually non-dominated results, ascending in cost.
         chosen: one of them, or ``None``.
+        faults: what went wrong and was survived, in the order of :data:`FAULTS`.
     """
 
     study: str
@@ -195,6 +221,7 @@ class TuneResult:
     trials: dict[str, int]
     front: list[Result]
     chosen: Result | None
+    faults: list[Fault] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ``--json`` document."""
@@ -204,6 +231,7 @@ class TuneResult:
             body[name] = body[name].to_dict()
         body["front"] = [result.to_dict() for result in self.front]
         body["chosen"] = None if self.chosen is None else self.chosen.to_dict()
+        body["faults"] = [dataclasses.asdict(fault) for fault in self.faults]
         return body
 
     @classmethod
@@ -215,4 +243,5 @@ class TuneResult:
             parts[name] = Result.from_dict(body[name])
         parts["front"] = [Result.from_dict(result) for result in body["front"]]
         parts["chosen"] = None if body["chosen"] is None else Result.from_dict(body["chosen"])
+        parts["faults"] = [Fault(**fault) for fault in body.get("faults", [])]
         return cls(**parts)

@@ -25,7 +25,7 @@ from dsm_tune.plan import FEATURES, Geometry, Matching, MergePlan
 from dsm_tune.profile import DeviceProfile, fingerprint_of
 from dsm_tune.results import LatencyMs
 from dsm_tune.runtimes.onnx.files import need_packages
-from dsm_tune.searching.crew import Cluster, most_cpus, run_alone
+from dsm_tune.searching.crew import Cluster, run_alone, timing_node
 
 __all__ = ["TargetDevice", "measure_device", "predict_latency", "present"]
 
@@ -45,6 +45,7 @@ class TargetDevice:
         self.config = config
         self.device = present(device_of(config.device))
         self.threads = config.threads or os.cpu_count() or 1
+        self._node = ""  # of a cluster, where plans are timed
         file = config.device_profile
         self.given = None if file is None else DeviceProfile.load(file)
         if self.given is None:
@@ -103,11 +104,13 @@ class TargetDevice:
         return Target(inputs.model, batch, self.device, config.dtype, self.threads, config.runtime)
 
     def _alone(self, cluster: Cluster, call: Callable[..., Any], *arguments: Any) -> Any:
-        most = most_cpus() if cluster.address else cluster.workers  # more would never come
-        cpus = min(self.threads, most)
         # On this machine the crew holds the GPUs, and waits while something is timed.
         gpus = float(self.device.startswith("cuda") and cluster.address is not None)
-        return run_alone(call, *arguments, cpus=cpus, gpus=gpus)
+        self._node, most = timing_node(gpus, self._node) or ("", cluster.workers)
+        cpus = min(self.threads, most)  # more would never come
+        return run_alone(
+            call, *arguments, cpus=cpus, gpus=gpus, node=self._node, on_death=cluster.on_death
+        )
 
 
 def predict_latency(profile: DeviceProfile, plans: Sequence[MergePlan]) -> list[Confirmed]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -41,10 +42,12 @@ from dsm_tune.searching.budget import Limits
 from dsm_tune.searching.crew import Cluster, Crew, connected
 from dsm_tune.searching.engine import run_search
 from dsm_tune.searching.importance import parameter_importance
+from dsm_tune.searching.patience import Patience
 from dsm_tune.searching.planner import Planner
 from dsm_tune.searching.search import Progress, Search
 from dsm_tune.searching.space import load_space
 from dsm_tune.searching.study import Study, study_names
+from dsm_tune.stopwatch import Stopwatch
 from dsm_tune.survey import MOST_CONFIRMED, Survey, make_planner, survey
 from dsm_tune.target import TargetDevice, predict_latency
 from dsm_tune.token_samples import token_samples
@@ -56,6 +59,8 @@ BUDGETS = ("budget_ms", "budget_gflops")  # what a study may go on with another 
 SEARCH, HELD_OUT = 0, 1  # the image sets, as the crew has them
 MOST_CORRECTIONS = 2  # of the profile by what the confirmation measured
 FURTHER_SHARE = 0.25  # of the trials, after a correction
+LONGEST_STEP = 60.0  # seconds between two looks at the time limit; more is a jump of the clock
+LONGEST_PHASE = 3600.0  # the same for the duration of a study, which is looked at less often
 
 
 class Listener(Protocol):
@@ -170,7 +175,9 @@ class _Tune:
         self.tracking_uri = resolve_tracking_uri(config.tracking_uri, Path.cwd())
         self.target = TargetDevice(config)
         self.cluster = self._cluster()
-        self.start = clock()
+        self.watch = Stopwatch(clock, longest=LONGEST_PHASE)
+        self.study: Study | None = None  # once there is one
+        self.tracking_error = ""  # that was noted
 
     def look(self) -> Survey:
         """Go through what comes before a search."""
@@ -197,34 +204,47 @@ class _Tune:
         with connected(self.cluster):
             # A study is not made before all that can be refused has been.
             study = found or self._create(identity, weights_digest(inputs.model))
-            self.earlier_seconds = study.facts.get("seconds", 0.0)
-            self._send(inputs)
-            dense = self._dense_outputs(SEARCH)
-            if is_another:
-                self._change_budget(study, identity)
-            if study.facts.get("limits") is None:
-                facts = self._look(inputs, dense, profile_of(study.facts)).facts
-                for key, value in {"tracking_uri": self.tracking_uri, **facts}.items():
-                    study.put(key, value)  # the limits last: a study with limits is prepared
-            study.put("status", "running")
-            queue = open_queue(
-                study.name, study.facts, self.tracking_uri, self.config, self.listener.say
-            )
+            study.patience = Patience(self.listener.say)
+            self.study = study
+            if found is not None and found.facts.get("status", "running") == "running":
+                study.note("driver")
             try:
-                while True:
-                    if self._search(study, inputs, dense, queue) == "interrupted":
-                        return self._end(study, queue, "interrupted")
-                    queue.drain(timeout=60.0)  # nothing else shall run while plans are timed
-                    self._confirm(study, inputs)
-                    if not self._correct(study, inputs):
-                        break
-                self._keep_samples(study, inputs)
-                front = Answer.of(study).front()
-                return self._end(study, queue, "done" if front else "infeasible")
+                self.earlier_seconds = study.facts.get("seconds", 0.0)
+                self._send(inputs)
+                dense = self._dense_outputs(SEARCH)
+                if is_another:
+                    self._change_budget(study, identity)
+                if study.facts.get("limits") is None:
+                    facts = self._look(inputs, dense, profile_of(study.facts)).facts
+                    for key, value in {"tracking_uri": self.tracking_uri, **facts}.items():
+                        study.put(key, value)  # the limits last: a study with limits is prepared
+                study.put("status", "running")
+                return self._run_phases(study, inputs, dense)
             except BaseException:
-                study.put("status", "interrupted")
-                queue.close(timeout=5.0)
+                study.patience = None  # nobody waits for a store that was waited for
+                with contextlib.suppress(Exception):
+                    study.put("status", "interrupted")
                 raise
+
+    def _run_phases(self, study: Study, inputs: Inputs, dense: Outputs) -> TuneResult:
+        """Search and confirm, until what was found holds."""
+        queue = open_queue(
+            study.name, study.facts, self.tracking_uri, self.config, self.listener.say
+        )
+        try:
+            while True:
+                if self._search(study, inputs, dense, queue) == "interrupted":
+                    return self._end(study, queue, "interrupted")
+                queue.drain(timeout=60.0)  # nothing else shall run while plans are timed
+                self._confirm(study, inputs)
+                if not self._correct(study, inputs):
+                    break
+            self._keep_samples(study, inputs)
+            front = Answer.of(study).front()
+            return self._end(study, queue, "done" if front else "infeasible")
+        except BaseException:
+            queue.close(timeout=5.0)
+            raise
 
     def _load(self) -> Inputs:
         inputs = load_inputs(self.config)
@@ -298,7 +318,13 @@ class _Tune:
     def _cluster(self) -> Cluster:
         gpus = torch.cuda.device_count() if self.target.device.startswith("cuda") else 0
         workers = self.config.workers or (gpus or os.cpu_count() or 1)
-        return Cluster(self.config.ray_address, workers, min(1.0, gpus / workers) if gpus else 0.0)
+        share = min(1.0, gpus / workers) if gpus else 0.0
+        return Cluster(self.config.ray_address, workers, share, on_death=self._note_death)
+
+    def _note_death(self, what: str) -> None:
+        self.listener.say(f"a process has died; done again: {what}")
+        if self.study is not None:
+            self.study.note("call", f"last: {what}")
 
     def _send(self, inputs: Inputs) -> None:
         """Start the crew and give it the model and both image sets."""
@@ -341,9 +367,9 @@ class _Tune:
         """Find D, the profile where latency is bounded, and whether the budget can be met."""
         payload = self.payloads[SEARCH]
         some = range(min(payload.batches, self.cluster.workers))
-        start = self.clock()  # once more, as the first time the processes had to start
+        watch = Stopwatch(self.clock)  # once more, as the first time the processes had to start
         self.crew.map(dense_batch, [(SEARCH, batch) for batch in some])
-        images = sum(payload.size_of(batch) for batch in some)
+        seconds, images = watch.seconds(), sum(payload.size_of(batch) for batch in some)
         self._make_room()
         return survey(
             self.config,
@@ -354,7 +380,7 @@ class _Tune:
             self.cluster,
             profile=profile,
             dense=dense,
-            image_seconds=(self.clock() - start) / images,
+            image_seconds=seconds / images,
             say=self.listener.say,
         )
 
@@ -384,6 +410,7 @@ class _Tune:
                 progress.done, progress.hypervolume, progress.best_divergence, progress.done
             )
             study.put("seconds", self._seconds())
+            self._note_tracking(study, queue)
 
         search = Search(
             study,
@@ -394,13 +421,16 @@ class _Tune:
             known_at=facts.get("known_at", [0]),
             on_progress=on_progress,
         )
-        end = None if self.config.timeout is None else self.clock() + self.config.timeout
+        limit = math.inf if self.config.timeout is None else self.config.timeout
+        watch = Stopwatch(self.clock, longest=LONGEST_STEP)
         run_search(
             search,
             self.crew,
             partial(try_plan, dense=dense),
-            deadline=lambda: end is not None and self.clock() > end,
+            deadline=lambda: watch.seconds() > limit,
         )
+        if watch.jumps:
+            study.note("clock", count=watch.jumps)
         if search.stopped:
             self.listener.say(f"the search ended early: {search.stopped}")
             study.put("exhausted", search.stopped.startswith("no further"))
@@ -502,15 +532,23 @@ class _Tune:
             files = artifacts(result, trials, self.config, importance, samples)
         queue.log_outcome(result, trials, files)
         queue.close_runs(status)
-        if not queue.close(timeout=120.0):
+        is_whole = queue.close(timeout=120.0)
+        self._note_tracking(study, queue)
+        if not is_whole:
             self.listener.say(
                 f"MLflow lacks {queue.dropped} writes ({queue.error}); the study itself is whole, "
                 f"`dsm-tune sync {study.name}` writes what is missing"
             )
-        return result
+        return dataclasses.replace(result, faults=Answer.of(study).faults())
+
+    def _note_tracking(self, study: Study, queue: TrackingQueue) -> None:
+        """Note once in a run that MLflow failed."""
+        if queue.error and not self.tracking_error:
+            self.tracking_error = queue.error
+            study.note("tracking", queue.error)
 
     def _seconds(self) -> float:
-        return float(self.earlier_seconds + self.clock() - self.start)
+        return float(self.earlier_seconds + self.watch.seconds())
 
 
 def _result(plan: MergePlan, per_image: PerImage) -> Result:

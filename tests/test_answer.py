@@ -15,7 +15,7 @@ from dsm_tune.config import TuneConfig
 from dsm_tune.measuring.profiling import describe_device
 from dsm_tune.plan import Geometry, MergePlan
 from dsm_tune.profile import DeviceProfile
-from dsm_tune.results import Evaluation, LatencyMs, Result
+from dsm_tune.results import Evaluation, Fault, LatencyMs, Result
 from dsm_tune.searching.budget import Limits
 from dsm_tune.searching.study import Record
 from dsm_tune.target import TargetDevice, predict_latency
@@ -145,3 +145,19 @@ def test_a_profile_of_another_device_is_known_as_such(
     config = TuneConfig(budget_ms=5.0, device="cpu", device_profile=str(file))
     assert TargetDevice(config).is_elsewhere is elsewhere
     assert TargetDevice(TuneConfig(budget_ms=5.0, device="cpu")).is_elsewhere is False
+
+
+def test_faults_are_told_in_one_order_and_failed_trials_by_the_last_ones_cause() -> None:
+    noted = {"store": {"count": 2, "detail": "refused"}, "worker": {"count": 3, "detail": ""}}
+    found = answer(Limits(gmacs=1.0), faults=noted)
+    assert found.faults() == [Fault("worker", 3), Fault("store", 2, "refused")]
+    failed = [
+        dataclasses.replace(record, state="failed", why=f"MemoryError {record.number}")
+        for record in found.records[1:]
+    ]
+    found = dataclasses.replace(found, records=[found.records[0], *failed])
+    assert found.faults()[2:] == [Fault("trial", 3, "trial 3: MemoryError 3")]
+
+
+def test_a_study_without_faults_tells_none() -> None:
+    assert answer(Limits(gmacs=1.0)).faults() == []

@@ -211,6 +211,7 @@ def write_result(result: TuneResult, commands: Iterable[str], *, front: bool = F
             f"{', '.join(trials)}; front: {len(result.front)}; D = {result.delay}; images: "
             f"{images['search']} to search, {images['holdout']} held out"
         ),
+        *(Text(f"fault: {printable(summary.fault_words(one))}") for one in result.faults),
         "",
     ]
     render([*parts, *(f"  {command}" for command in commands)])

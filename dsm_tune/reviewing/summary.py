@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from dsm_tune.plan import MergePlan
-from dsm_tune.results import BudgetReport, Result, TuneResult
+from dsm_tune.results import BudgetReport, Fault, Result, TuneResult
 
 __all__ = [
     "Row",
@@ -18,6 +18,7 @@ __all__ = [
     "delay_words",
     "divergence_name",
     "duration_words",
+    "fault_words",
     "headings",
     "headline",
     "interval",
@@ -30,6 +31,31 @@ __all__ = [
 
 UNKNOWN = "–"
 Z = 1.96  # of a 95 % interval
+FAULT_WORDS = {  # by kind: of one, of several
+    "worker": (
+        "1 evaluation was started again: its worker had died",
+        "{} evaluations were started again: their workers had died",
+    ),
+    "call": (
+        "1 call beside the trials was made again: its process had died",
+        "{} calls beside the trials were made again: their processes had died",
+    ),
+    "start": (
+        "1 worker died before its first job",
+        "{} workers died before their first job",
+    ),
+    "store": ("the study store was away once", "the study store was away {} times"),
+    "driver": (
+        "1 run ended without a word and was resumed",
+        "{} runs ended without a word and were resumed",
+    ),
+    "clock": ("the clock jumped once", "the clock jumped {} times"),
+    "tracking": (
+        "MLflow failed; `dsm-tune sync` writes what it lacks",
+        "MLflow failed in {} runs; `dsm-tune sync` writes what it lacks",
+    ),
+    "trial": ("1 trial failed", "{} trials failed"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +210,13 @@ def duration_words(seconds: float) -> str:
     if seconds < 60:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def fault_words(fault: Fault) -> str:
+    """Return what went wrong as text, such as ``2 trials failed (trial 7: MemoryError)``."""
+    one, several = FAULT_WORDS[fault.kind]
+    words = one if fault.count == 1 else several.format(fault.count)
+    return f"{words} ({fault.detail})" if fault.detail else words
 
 
 def plan_words(plan: MergePlan) -> str:

@@ -7,16 +7,21 @@ import dataclasses
 import logging
 import os
 import socket
+import uuid
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.util import ActorPool
+from ray.exceptions import NodeDiedError, RayActorError, WorkerCrashedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dsm_tune.errors import ConfigError, first_line
-from dsm_tune.searching.worker import Member
+from dsm_tune.searching.worker import Member, wait_for
 
-__all__ = ["Cluster", "Crew", "connected", "most_cpus", "run_alone"]
+__all__ = ["RERUNS", "Cluster", "Crew", "connected", "run_alone", "timing_node"]
+
+RERUNS = 2  # of what was being done in a process that died
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +33,14 @@ class Cluster:
         workers: jobs at a time.
         gpus_per_worker: may be a fraction.
         trial_seconds: limit of one evaluation; a worker that exceeds it is ended.
+        on_death: is told, in a few words, what is done again because its process has died.
     """
 
     address: str | None = None
     workers: int = 2
     gpus_per_worker: float = 0.0
     trial_seconds: float = 600.0
+    on_death: Callable[[str], None] = lambda what: None
 
 
 @contextlib.contextmanager
@@ -94,20 +101,69 @@ def _store_bytes() -> int:
     return 1 << 30
 
 
-def run_alone(function: Callable[..., Any], *arguments: Any, cpus: int, gpus: float = 0.0) -> Any:
-    """Call a function in a fresh process, with no trial running beside it; returns its result."""
+def run_alone(
+    function: Callable[..., Any],
+    *arguments: Any,
+    cpus: int,
+    gpus: float = 0.0,
+    node: str = "",
+    on_death: Callable[[str], None] = lambda what: None,
+) -> Any:
+    """Call a function in a fresh process, with no trial running beside it; returns its result.
+
+    Args:
+        function: pickled by Ray.
+        arguments: of it.
+        cpus, gpus: that it has for itself; of CPUs no more than its node has.
+        node: where it runs while that is there, see :func:`timing_node`.
+        on_death: is told if it is called again because its process has died.
+    """
 
     def call(*arguments: Any) -> Any:
         return function(*arguments)
 
-    alone = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1)(call)
-    return ray.get(alone.remote(*arguments))
+    for attempt in range(RERUNS + 1):
+        here, target = None, timing_node(gpus, node)
+        if target is not None:  # another one than before may have fewer CPUs
+            cpus = min(cpus, target[1])
+            here = NodeAffinitySchedulingStrategy(target[0], soft=True)
+        alone = ray.remote(
+            num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0, scheduling_strategy=here
+        )(call)
+        try:
+            return ray.get(alone.remote(*arguments))
+        except (WorkerCrashedError, NodeDiedError):
+            if attempt == RERUNS:
+                raise
+            on_death("what is timed alone")
+    raise AssertionError("returned or raised by then")
 
 
-def most_cpus() -> int:
-    """CPUs of the node of the cluster that has most; at least 1."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return max([1, *(int(resources.get("CPU", 0)) for resources in nodes)])
+def timing_node(gpus: float = 0.0, before: str = "") -> tuple[str, int] | None:
+    """Id and CPUs of the node on which plans are timed; ``None`` where no node has CPUs.
+
+    It is the driver's, if that has any. A cluster's head often offers none, and its driver no more
+    than asks: then it is the one where they were timed before, so that a profile and what it is
+    compared with are of one machine, and at first the one with most CPUs.
+
+    Args:
+        gpus: that the node must have.
+        before: id of the node where they were timed before.
+    """
+    able = {node: cpus for node, (cpus, more) in _cpus_by_node().items() if more >= gpus}
+    here = ray.get_runtime_context().get_node_id()
+    best = min(able, key=lambda id: (id != here, id != before, -able[id], id), default=None)
+    return None if best is None else (best, int(able[best]))
+
+
+def _cpus_by_node() -> dict[str, tuple[float, float]]:
+    """CPUs and GPUs of each node that has a CPU, by its id."""
+    found = {}
+    for node in ray.nodes():
+        cpus, gpus = (node["Resources"].get(name, 0.0) for name in ("CPU", "GPU"))
+        if node["Alive"] and cpus >= 1:
+            found[str(node["NodeID"])] = cpus, gpus
+    return found
 
 
 class Crew:
@@ -122,29 +178,84 @@ class Crew:
         self.cluster = cluster
         self.make = [ray.put(make)]  # a list, which Ray does not unpack
         self._members: list[Any] = []
+        self._homes: list[str] = []  # the nodes that they were started on
+        self._names: list[str] = []
 
     def members(self) -> list[Any]:
-        """Handles of the processes; they are started at the first call."""
-        if not self._members:
-            # No CPU is reserved: Ray Tune's workers reserve them, and wait meanwhile.
-            member = ray.remote(
-                num_cpus=0,
-                num_gpus=self.cluster.gpus_per_worker,
-                max_restarts=-1,
-                scheduling_strategy="SPREAD",
-            )(Member)
-            self._members = [member.remote() for _ in range(self.cluster.workers)]
+        """Handles of the processes; they are started at the first call, evenly over the nodes."""
+        while len(self._members) < self.cluster.workers:
+            self._members.append(None)
+            self._homes.append("")
+            self._names.append("")
+            self._start(len(self._members) - 1, self._best_home(len(self._members) - 1))
         return self._members
 
-    def map(self, function: Callable[[Any, Any], Any], items: Sequence[Any]) -> list[Any]:
-        """Call ``function(made, item)`` for each item; results in order."""
-        pool = ActorPool(self.members())
-        return list(
-            pool.map(lambda actor, item: actor.call.remote(self.make, function, item), items)
+    def settle(self, index: int) -> str:
+        """Move an idle member to where there is more room for it; returns its name in Ray.
+
+        A node may have joined, and its own may have left: Ray has started it anew on some other.
+        """
+        best = self._best_home(index)
+        if best != self._homes[index]:
+            ray.kill(self._members[index])
+            self._start(index, best)
+        return self._names[index]
+
+    def _start(self, index: int, home: str) -> None:
+        where = NodeAffinitySchedulingStrategy(home, soft=True) if home else "SPREAD"
+        name = f"dsm-tune-{uuid.uuid4().hex}"
+        # No CPU is reserved: Ray Tune's workers reserve them, and wait meanwhile.
+        member = ray.remote(
+            name=name,
+            num_cpus=0,
+            num_gpus=self.cluster.gpus_per_worker,
+            max_restarts=-1,
+            scheduling_strategy=where,
+        )(Member)
+        self._members[index] = member.remote()
+        self._homes[index], self._names[index] = home, name
+
+    def _best_home(self, index: int) -> str:
+        """The node with fewest other members for its CPUs; where a member is, if that is one."""
+        gpus, cpus = self.cluster.gpus_per_worker, _cpus_by_node()
+        able = {node: count for node, (count, more) in cpus.items() if more >= gpus}
+        others = Counter(home for i, home in enumerate(self._homes) if i != index)
+        return min(
+            able,
+            key=lambda node: ((others[node] + 1) / able[node], node != self._homes[index], node),
+            default=self._homes[index],
         )
+
+    def map(self, function: Callable[[Any, Any], Any], items: Sequence[Any]) -> list[Any]:
+        """Call ``function(made, item)`` for each item; results in order.
+
+        What a process was doing when it died is done again, twice at most.
+        """
+        idle, waiting = deque(self.members()), deque(enumerate(items))
+        running: dict[Any, tuple[int, Any, Any]] = {}
+        found: dict[int, Any] = {}
+        deaths: dict[int, int] = {}
+        while waiting or running:
+            while waiting and idle:
+                (index, item), member = waiting.popleft(), idle.popleft()
+                asked = member.call.remote(self.make, function, item)
+                running[asked] = index, item, member
+            (done, *_), _ = ray.wait(list(running))
+            index, item, member = running.pop(done)
+            try:
+                found[index] = ray.get(done)
+            except RayActorError:
+                deaths[index] = deaths.get(index, 0) + 1
+                if deaths[index] > RERUNS:
+                    raise
+                wait_for(member)
+                self.cluster.on_death("images under a model")
+                waiting.appendleft((index, item))
+            idle.append(member)
+        return [found[index] for index in range(len(items))]
 
     def rest(self) -> None:
         """End the processes, and with them their hold on GPUs; the next call starts them anew."""
         for member in self._members:
             ray.kill(member)
-        self._members = []
+        self._members, self._homes, self._names = [], [], []

@@ -26,13 +26,12 @@ from ray.tune.search.optuna import OptunaSearch
 
 from dsm_tune.errors import ConfigError
 from dsm_tune.results import Evaluation
-from dsm_tune.searching.crew import Cluster, Crew
+from dsm_tune.searching.crew import RERUNS, Crew
 from dsm_tune.searching.search import Job, Search
 from dsm_tune.searching.worker import Evaluate, Worker
 
 __all__ = ["run_search"]
 
-RERUNS = 2  # of a job whose process died
 WARM_UP_SECONDS = 30.0  # that the first worker waits for the last
 
 
@@ -43,17 +42,17 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
     workers finish; here both happen in :class:`~dsm_tune.searching.search.Search`.
     """
 
-    def __init__(self, search: Search, cluster: Cluster) -> None:
+    def __init__(self, search: Search, crew: Crew) -> None:
         super().__init__()
         self._ot_study = search.study.optuna_study
         self.search = search
-        self.cluster = cluster
+        self.crew, self.cluster = crew, crew.cluster
         self.jobs: dict[str, tuple[Job, int]] = {}  # and the member of the crew that does it
-        self.idle = deque(range(cluster.workers))
+        self.idle = deque(range(crew.cluster.workers))
         self.starts: dict[str, float] = {}
         self.deaths: dict[tuple[int, int], int] = {}
         self.false_starts = 0  # workers that died before their first job, in a row
-        self.to_warm = cluster.workers if cluster.workers > 1 else 0
+        self.to_warm = crew.cluster.workers if crew.cluster.workers > 1 else 0
         self.all_warm = False
         self.failure: Exception | None = None
 
@@ -75,7 +74,11 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
             return Searcher.FINISHED if self.search.stopped else None
         member = self.idle.popleft()
         self.jobs[trial_id] = job, member
-        return {"member": member, "plan": job.plan.to_json(), "images": job.images}
+        return {
+            "member": self.crew.settle(member),
+            "plan": job.plan.to_json(),
+            "images": job.images,
+        }
 
     def _next(self) -> Job | None:
         with self._kept_failure():
@@ -133,6 +136,7 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
     def _not_started(self, job: Job) -> None:
         self.search.give_back(job)
         self.false_starts += 1
+        self.search.study.note("start", f"last: before trial {job.number}")
         if self.false_starts > RERUNS * self.cluster.workers:
             raise ConfigError(
                 f"{self.false_starts} workers in a row have died before their first trial; each "
@@ -143,6 +147,7 @@ class Jobs(OptunaSearch):  # type: ignore[misc]  # Ray ships no types
         key = job.number, job.images
         self.deaths[key] = self.deaths.get(key, 0) + 1
         if self.deaths[key] <= RERUNS:
+            self.search.study.note("worker", f"last: trial {job.number} on {job.images} images")
             self.search.give_back(job)
         else:
             cause = f"its worker died {self.deaths[key]} times"
@@ -241,14 +246,14 @@ def run_search(
     if search.finished:
         return
     cluster = crew.cluster
+    crew.members()  # they start while Ray Tune does
     trainable = tune.with_parameters(
         Worker,
-        members=crew.members(),
         shared=(crew.make, [ray.put(evaluate)]),
         trial_seconds=cluster.trial_seconds,
     )
     with tempfile.TemporaryDirectory(prefix="dsm-tune-") as folder, _interrupts(search):
-        jobs = Jobs(search, cluster)
+        jobs = Jobs(search, crew)
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": 1}),
             tune_config=tune.TuneConfig(

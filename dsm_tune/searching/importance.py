@@ -28,7 +28,7 @@ def parameter_importance(study: Study) -> dict[str, float]:
         study: with trials that have ended.
     """
     told = []
-    for trial in study.optuna_study.get_trials(deepcopy=False):
+    for trial in study.trials():
         value = _log_divergence(trial)
         if trial.params and value is not None:
             told.append((trial, value))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 import sqlalchemy
@@ -22,6 +22,7 @@ from optuna.trial import TrialState, create_trial
 from dsm_tune.errors import StudyError, first_line, nearest
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Evaluation
+from dsm_tune.searching.patience import Patience
 from dsm_tune.searching.samplers import quietly, sampled
 from dsm_tune.searching.space import Space
 
@@ -32,6 +33,8 @@ STATES = {
     "pruned": TrialState.PRUNED,
     "failed": TrialState.FAIL,
 }
+CONNECT_SECONDS = 10  # to a database server
+Found = TypeVar("Found")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +106,8 @@ def _has_studies(address: sqlalchemy.URL) -> bool:
 
 
 def _timeouts(address: sqlalchemy.URL) -> dict[str, Any]:
-    return {"timeout": 60} if address.get_backend_name() == "sqlite" else {}
+    names = {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": CONNECT_SECONDS}}
+    return dict(names.get(address.get_backend_name(), {}))
 
 
 def study_names(url: str) -> list[str]:
@@ -116,10 +120,16 @@ def study_names(url: str) -> list[str]:
 
 
 class Study:
-    """A study in an Optuna storage. One process writes; any may read."""
+    """A study in an Optuna storage. One process writes; any may read.
+
+    Attributes:
+        optuna_study: as Optuna has it.
+        patience: with a store that is away; ``None`` lets what it raises through.
+    """
 
     def __init__(self, storage: RDBStorage, study: optuna.Study) -> None:
         self._storage = storage
+        self.patience: Patience | None = None
         self._ids: dict[int, int] = {}  # in the storage, by number
         self.optuna_study = study
 
@@ -178,16 +188,32 @@ class Study:
     @property
     def facts(self) -> dict[str, Any]:
         """What is known of the study as a whole."""
-        return self.optuna_study.user_attrs
+        found: dict[str, Any] = self._do(lambda: self.optuna_study.user_attrs)
+        return found
 
     def put(self, key: str, value: Any) -> None:
         """Store a fact: anything that JSON can say."""
-        self.optuna_study.set_user_attr(key, value)
+        self._do(lambda: self.optuna_study.set_user_attr(key, value))
+
+    def note(self, kind: str, detail: str = "", count: int = 1) -> None:
+        """Store that something went wrong which was survived, for whoever asks later.
+
+        Args:
+            kind: of :data:`dsm_tune.results.FAULTS`.
+            detail: of this time; the last one is kept.
+            count: of times.
+        """
+        known = self.facts.get("faults", {})
+        before = known.get(kind, {}).get("count", 0)
+        self.put("faults", {**known, kind: {"count": before + count, "detail": detail}})
+
+    def trials(self) -> list[optuna.trial.FrozenTrial]:
+        """All trials as Optuna has them."""
+        return self._do(lambda: self.optuna_study.get_trials(deepcopy=False))
 
     def records(self) -> list[Record]:
         """All trials by number."""
-        trials = self.optuna_study.get_trials(deepcopy=False)
-        return [_record(trial) for trial in trials if "plan" in trial.user_attrs]
+        return [_record(trial) for trial in self.trials() if "plan" in trial.user_attrs]
 
     def add(self, record: Record, space: Space) -> Record:
         """Store a new trial as running; returns it with its number."""
@@ -203,16 +229,34 @@ class Study:
         trial = create_trial(
             state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attrs
         )
-        # As `optuna.Study.add_trial` does, which does not tell the number.
-        trial_id = self._storage.create_new_trial(self.optuna_study._study_id, template_trial=trial)
-        number = self._storage.get_trial_number_from_id(trial_id)
+        tries = 0
+
+        def create() -> tuple[int, int]:
+            nonlocal tries
+            tries += 1
+            stored = self._find(attrs) if tries > 1 else None  # the first may have been heard
+            if stored is not None:
+                return stored
+            # As `optuna.Study.add_trial` does, which does not tell the number.
+            trial_id = self._storage.create_new_trial(
+                self.optuna_study._study_id, template_trial=trial
+            )
+            return trial_id, self._storage.get_trial_number_from_id(trial_id)
+
+        trial_id, number = self._do(create)
         self._ids[number] = trial_id
         return dataclasses.replace(record, number=number)
 
+    def _find(self, attrs: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Id and number of the trial that is stored with these attributes."""
+        for trial in self._storage.get_all_trials(self.optuna_study._study_id, deepcopy=False):
+            if all(trial.user_attrs.get(key) == value for key, value in attrs.items()):
+                return trial._trial_id, trial.number
+        return None
+
     def store(self, number: int, evaluation: Evaluation) -> None:
         """Store what an evaluation gave."""
-        key = f"evaluation:{evaluation.images}"
-        self._storage.set_trial_user_attr(self._id(number), key, dataclasses.asdict(evaluation))
+        self._attach(number, f"evaluation:{evaluation.images}", dataclasses.asdict(evaluation))
 
     def close(
         self,
@@ -234,18 +278,29 @@ class Study:
             why: the cause of a state other than complete.
             progress: where the search stands now.
         """
-        trial_id = self._id(number)
         if progress:
-            self._storage.set_trial_user_attr(trial_id, "progress", dict(progress))
+            self._attach(number, "progress", dict(progress))
         if why:
-            self._storage.set_trial_user_attr(trial_id, "why", why)
+            self._attach(number, "why", why)
         if state == "complete":
-            with quietly():  # Optuna warns if it is set already, before a crash
-                OptunaTrial(self.optuna_study, trial_id).set_constraint("budget", excess)
-        # Not `optuna.Study.tell`: it asks the storage a dozen times what is known here.
-        self._storage.set_trial_state_values(
-            trial_id, STATES[state], values if state == "complete" else None
-        )
+            self._do(lambda: self._bound(number, excess))
+        self._do(lambda: self._end(number, STATES[state], values if state == "complete" else None))
+
+    def _attach(self, number: int, key: str, value: Any) -> None:
+        self._do(lambda: self._storage.set_trial_user_attr(self._id(number), key, value))
+
+    def _bound(self, number: int, excess: float) -> None:
+        with quietly():  # Optuna warns if it is set already, before a crash
+            OptunaTrial(self.optuna_study, self._id(number)).set_constraint("budget", excess)
+
+    def _end(self, number: int, state: TrialState, values: tuple[float, float] | None) -> None:
+        """Not `optuna.Study.tell`: it asks the storage a dozen times what is known here."""
+        try:
+            self._storage.set_trial_state_values(self._id(number), state, values)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            # A lost connection may have lost no more than the word that it was done.
+            if self._storage.get_trial(self._id(number)).state is not state:
+                raise
 
     def _id(self, number: int) -> int:
         if number not in self._ids:
@@ -253,6 +308,16 @@ class Study:
                 self.optuna_study._study_id, number
             )
         return self._ids[number]
+
+    def _do(self, action: Callable[[], Found]) -> Found:
+        """Use the storage; where it is away, wait as patiently as was asked for, and note it."""
+        if self.patience is None:
+            return action()
+        before = self.patience.waits
+        found = self.patience.call(action)
+        if self.patience.waits > before:
+            self.note("store", f"last: {self.patience.cause}")
+        return found
 
 
 def _record(trial: optuna.trial.FrozenTrial) -> Record:

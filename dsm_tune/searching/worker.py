@@ -15,14 +15,15 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Evaluation
 
-__all__ = ["Evaluate", "Member", "Worker"]
+__all__ = ["Evaluate", "Member", "Worker", "wait_for"]
 
 Evaluate = Callable[[Any, MergePlan, int], Evaluation]
+RESTART_SECONDS = 120.0  # that a member may take to be there again
 
 
 class Member:
@@ -34,6 +35,10 @@ class Member:
 
     def __init__(self) -> None:
         self._made: list[Any] = []
+
+    def is_there(self) -> bool:
+        """Answer."""
+        return True
 
     def call(self, make: list[Any], function: Callable[[Any, Any], Any], item: Any) -> Any:
         """Call ``function(made, item)``."""
@@ -75,13 +80,32 @@ class Member:
         return self._made[0]
 
 
+def wait_for(member: Any, seconds: float = RESTART_SECONDS) -> None:
+    """Wait for a member of a crew whose process is being started anew.
+
+    Ray refuses what such a member is asked, with the error of one that has died meanwhile: what
+    has not begun would count as what has failed.
+
+    Raises:
+        RayActorError: if it is dead, or not there in time.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            ray.get(member.is_there.remote())
+            return
+        except ActorUnavailableError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
 class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
-    """Hands one job after the other to the member of the crew that it names."""
+    """Hands one job after the other to the member of the crew that the job names."""
 
     def setup(
         self,
         config: dict[str, Any],
-        members: Any = None,
         shared: Any = None,
         trial_seconds: float = 600.0,
     ) -> None:
@@ -89,12 +113,12 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
 
         Args:
             config: the job.
-            members: handles of the crew.
-            shared: what each of them is to make, and the :data:`Evaluate`, as references in lists.
+            shared: what each member of the crew is to make, and the :data:`Evaluate`, as
+                references in lists.
             trial_seconds: limit of one evaluation.
         """
         self.job = config
-        self.members: list[Any] = members
+        self.members: dict[str, Any] = {}  # by name
         self.shared: tuple[list[Any], list[Any]] = shared
         self.trial_seconds = trial_seconds
 
@@ -108,10 +132,14 @@ class Worker(tune.Trainable):  # type: ignore[misc]  # Ray ships no types
         if "plan" not in self.job:
             time.sleep(0.05)
             return {"done": False}
-        member = self.members[self.job["member"]]
+        name = self.job["member"]
         try:
-            found = ray.get(member.evaluate.remote(*self.shared, self.job, self.trial_seconds))
-        except RayActorError:
+            if name not in self.members:
+                self.members[name] = ray.get_actor(name)
+            wait_for(self.members[name])
+            asked = self.members[name].evaluate.remote(*self.shared, self.job, self.trial_seconds)
+            found = ray.get(asked)
+        except (RayActorError, ValueError):  # the latter for a name that is no more
             return {"died": True, "done": True}
         return {"evaluation": found, "done": True}
 

@@ -170,39 +170,74 @@ def _postgres_programs() -> Path:
     pytest.skip("needs PostgreSQL (initdb, postgres), which is not installed here")
 
 
-@contextlib.contextmanager
-def postgres() -> Iterator[str]:
-    """A PostgreSQL server with an empty database; gives its address, password included."""
-    programs = _postgres_programs()
-    if importlib.util.find_spec("psycopg") is None:
-        pytest.skip("needs psycopg, the driver of PostgreSQL: pip install 'psycopg[binary]'")
-    folder, port, password = Path(tempfile.mkdtemp()), free_port(), secrets.token_hex(16)
-    who: dict[str, Any] = {}
-    if os.geteuid() == 0:  # which PostgreSQL refuses to run as
-        who = {"user": "nobody", "extra_groups": []}
-    (folder / "password").write_text(password)
-    for path in (folder, folder / "password"):
-        if who:
-            shutil.chown(path, who["user"])
-    make = ["initdb", "-D", "data", "-U", "tuner", "-A", "scram-sha-256", "--no-sync", "-E", "UTF8"]
-    make += ["--pwfile", "password"]
-    run = ["postgres", "-D", "data", "-h", "127.0.0.1", "-p", f"{port}", "-k", str(folder)]
-    try:
+class Postgres:
+    """A PostgreSQL server on loopback, which may be stopped and started again.
+
+    Attributes:
+        address: of its one, empty database, password included.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Make the files of a server in a folder of its own; skips where there is none."""
+        self._programs = _postgres_programs()
+        if importlib.util.find_spec("psycopg") is None:
+            pytest.skip("needs psycopg, the driver of PostgreSQL: pip install 'psycopg[binary]'")
+        self._folder, self._port, password = folder, free_port(), secrets.token_hex(16)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.address = f"postgresql://tuner:{password}@127.0.0.1:{self._port}/postgres"
+        self._who: dict[str, Any] = {}
+        if os.geteuid() == 0:  # which PostgreSQL refuses to run as
+            self._who = {"user": "nobody", "extra_groups": []}
+        (folder / "password").write_text(password)
+        for path in (folder, folder / "password"):
+            if self._who:
+                shutil.chown(path, self._who["user"])
+        make = ["-D", "data", "-U", "tuner", "-A", "scram-sha-256", "--no-sync", "-E", "UTF8"]
         subprocess.run(
-            [programs / make[0], *make[1:]], cwd=folder, check=True, capture_output=True, **who
-        )
-        process = subprocess.Popen(
-            [programs / run[0], *run[1:], "-F"],
+            [self._programs / "initdb", *make, "--pwfile", "password"],
             cwd=folder,
+            check=True,
+            capture_output=True,
+            **self._who,
+        )
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        run = ["-D", "data", "-h", "127.0.0.1", "-p", f"{self._port}", "-k", str(self._folder)]
+        self._process = subprocess.Popen(
+            [self._programs / "postgres", *run, "-F"],
+            cwd=self._folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            **who,
+            **self._who,
         )
+        wait_until(lambda: answers(self._port), "PostgreSQL does not answer")
+
+    def stop(self, number: int = signal.SIGINT) -> None:
+        """End it: at once with SIGINT, as after a crash with SIGQUIT."""
+        if self._process is not None:
+            end(self._process, number)
+            self._process = None
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[str]:
+    """A PostgreSQL server with an empty database; gives its address, password included."""
+    with postgres_server() as server:
+        yield server.address
+
+
+@contextlib.contextmanager
+def postgres_server() -> Iterator[Postgres]:
+    """A PostgreSQL server with an empty database."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        server = Postgres(folder)
+        server.start()
         try:
-            wait_until(lambda: answers(port), "PostgreSQL does not answer")
-            yield f"postgresql://tuner:{password}@127.0.0.1:{port}/postgres"
+            yield server
         finally:
-            end(process, signal.SIGINT)
+            server.stop()
     finally:
         shutil.rmtree(folder)

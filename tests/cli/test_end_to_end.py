@@ -21,6 +21,7 @@ TUNE = ("--budget-gflops", "60%", "--trials", "8", "--study", STUDY, "--json")
 KEYS = {
     *("study", "status", "seconds", "tracking_uri", "parent_run_id", "model", "device", "images"),
     *("similarity_curve", "delay", "budget", "dense", "tome", "dsm", "trials", "front", "chosen"),
+    "faults",
 }
 RESULT_KEYS = {
     *("run_id", "trial", "gmacs", "latency_ms", "throughput", "divergence", "divergence_search"),

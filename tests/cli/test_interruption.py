@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from command_line import Ended, children, run, start
+from processes import alive, descendants
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TRIALS = 24
@@ -62,29 +63,6 @@ def wait_for_the_middle_of_a_generation(process: subprocess.Popen[str], folder: 
             return
         time.sleep(0.05)
     raise AssertionError("the search has not come to its second generation in time")
-
-
-def descendants(pid: int) -> set[int]:
-    """The processes below one, by what the system knows."""
-    found: set[int] = set()
-    waiting = [pid]
-    while waiting:
-        parent = waiting.pop()
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                fresh = {int(word) for word in task.read_text().split()} - found
-                found |= fresh
-                waiting += fresh
-    return found
-
-
-def alive(pids: set[int]) -> set[int]:
-    living = set()
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            living |= {pid} if state not in "ZX" else set()
-    return living
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from dsm_tune.cli.studies import write
 from dsm_tune.cli.terminal import Terminal, printable, to_json
 from dsm_tune.plan import Geometry, MergePlan
 from dsm_tune.profile import DeviceProfile
-from dsm_tune.results import Evaluation
+from dsm_tune.results import BudgetReport, Evaluation, Fault, Result, TuneResult
 from dsm_tune.searching.search import Progress
 from dsm_tune.searching.study import Record
 
@@ -159,6 +159,25 @@ def test_the_document_names_no_password(capsys: pytest.CaptureFixture[str]) -> N
     write(result, {"as_json": True}, None, front=False)
     shown = json.loads(capsys.readouterr().out)
     assert shown == {"tracking_uri": "postgresql://***@db.example/mlflow"}
+
+
+def test_show_has_a_line_for_each_kind_of_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = dict.fromkeys(("complete", "pruned", "failed", "duplicate"), 0)
+    geometry = Geometry((6, 6), 1, 5, 32, 2, 64, 4, 10, "token")
+    dense = Result(MergePlan("toy", geometry), 1.0)
+    faults = [Fault("worker", 2, "last: trial 7\non 5 images"), Fault("driver", 1)]
+    budget = BudgetReport(None, 0.5, "p50", 1, True, False, None)
+    images = {"search": 1, "holdout": 1, "labelled": False}
+    result = TuneResult(
+        *("s", "done", 1.0, "", "", "toy", {}, images, [], 1, budget, dense, dense, dense, counts),
+        *([], None, faults),
+    )
+    write(result, {}, None, front=True)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "fault: 2 evaluations were started again: their workers had died "
+        "(last: trial 7 on 5 images) fault: 1 run ended without a word and was resumed" in shown
+    )
 
 
 def test_json_has_null_for_what_is_no_number() -> None:

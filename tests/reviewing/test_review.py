@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import study_builder as build
 
-from dsm_tune.results import LatencyMs, Result, TuneResult
+from dsm_tune.results import FAULTS, Fault, LatencyMs, Result, TuneResult
 from dsm_tune.reviewing import figures, interactive, points, records, report, summary
 
 HOSTILE = "<script>alert(1)</script>|`*_$x$"
@@ -352,3 +352,22 @@ def test_what_decided_is_drawn_for_any_number_of_parameters() -> None:
     for count in (1, 40):
         shares = {f"parameter_{i}": 1 / count for i in range(count)}
         assert figures.importance_png(shares).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_every_kind_of_fault_has_words_for_one_and_for_several(kind: str) -> None:
+    one, several = (summary.fault_words(Fault(kind, count, "why")) for count in (1, 17))
+    assert "17" in several
+    assert "17" not in one
+    assert one.endswith(" (why)")
+    assert summary.fault_words(Fault(kind, 1)) == one.removesuffix(" (why)")
+
+
+def test_the_document_with_its_faults_is_read_back() -> None:
+    faults = [Fault("store", 2, "disk full"), Fault("trial", 1)]
+    some = dataclasses.replace(build.study(), faults=faults)
+    body = json.loads(json.dumps(some.to_dict()))
+    assert body["faults"][0] == {"kind": "store", "count": 2, "detail": "disk full"}
+    assert TuneResult.from_dict(body) == some
+    del body["faults"]  # as it was written before
+    assert TuneResult.from_dict(body).faults == []

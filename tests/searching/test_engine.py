@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import small_search as small
 from evaluations import ask, make, make_nothing
+from ray.exceptions import RayActorError, WorkerCrashedError
 
 from dsm_tune.errors import ConfigError
 from dsm_tune.plan import MergePlan
@@ -120,6 +121,8 @@ def test_a_fault_costs_its_own_trial_at_most_and_is_kept_with_its_cause(
     times = counted(calls)
     tried = {digest: max(n for (d, _), n in times.items() if d == digest) for digest in faults}
     assert {faults[digest]: count for digest, count in tried.items()} == often
+    noted = Study.load(url, "small").facts.get("faults", {}).get("worker", {"count": 0})
+    assert noted["count"] >= sum(count - 1 for count in times.values())
 
 
 def test_an_evaluator_that_cannot_be_made_fails_each_trial_with_its_cause(
@@ -248,6 +251,39 @@ def test_a_crew_keeps_what_it_has_made_gives_results_in_order_and_raises_errors(
     crew.rest()
     anew = crew.map(lambda made, item: made, range(8))
     assert not set(anew) & {made for made, _, _ in first}
+
+
+def die_at_first(made: Any, item: tuple[Path, int]) -> int:
+    folder, deaths = item
+    number = len(list(folder.glob("death-*")))
+    if number < deaths:
+        (folder / f"death-{number}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return deaths
+
+
+def test_what_a_crew_was_doing_when_a_process_died_is_done_again_twice_and_told(
+    cluster: Cluster, calls: Path
+) -> None:
+    told: list[str] = []
+    crew = Crew(os.getpid, dataclasses.replace(cluster, on_death=told.append))
+    assert crew.map(die_at_first, [(calls, 2), (calls, 0)]) == [2, 0]
+    assert told == 2 * ["images under a model"]
+    with pytest.raises(RayActorError):
+        crew.map(die_at_first, [(calls, 5)])
+    assert len(told) == 4
+
+
+def test_what_runs_alone_is_done_again_if_its_process_dies_twice_and_told(
+    cluster: Cluster, calls: Path
+) -> None:
+    told: list[str] = []
+    alone = partial(run_alone, die_at_first, None, cpus=2, on_death=told.append)
+    assert alone((calls, 1)) == 1
+    assert told == ["what is timed alone"]
+    with pytest.raises(WorkerCrashedError):
+        alone((calls, 5))
+    assert len(told) == 3
 
 
 def test_a_session_that_is_open_already_is_used_and_left_open(cluster: Cluster) -> None:

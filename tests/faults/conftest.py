@@ -1,0 +1,8 @@
+"""Clusters, databases and the command line are those of ``tests/cli``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))

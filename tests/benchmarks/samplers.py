@@ -126,7 +126,9 @@ def main() -> None:
         sys.exit(f"there is no {RECORD.name}; make it with --record 300")
     found = json.loads(RECORD.read_text())
     planner = planner_for(Geometry(**found["geometry"]), found["delay"], found["gmacs"])
-    rows = np.array([vector(point["params"], planner.space) for point in found["points"]])
+    # What a plan was recorded without was the paper's, as a space has it that does not name it.
+    known = [planner.space.complete(point["params"]) for point in found["points"]]
+    rows = np.array([vector(params, planner.space) for params in known])
     logs = np.log([point["divergence"] for point in found["points"]])
     # A hopeless plan is as bad at 1 nat as at 2; what counts is where plans are good.
     logs = logs.clip(max=0.0)

@@ -178,7 +178,8 @@ class Crew:
         self.cluster = cluster
         self.make = [ray.put(make)]  # a list, which Ray does not unpack
         self._members: list[Any] = []
-        self._homes: list[str] = []  # the nodes that they were started on
+        self._homes: list[str] = []  # the nodes that they are on, as far as they have said
+        self._asked: list[Any] = []  # what they will say
         self._names: list[str] = []
 
     def members(self) -> list[Any]:
@@ -186,6 +187,7 @@ class Crew:
         while len(self._members) < self.cluster.workers:
             self._members.append(None)
             self._homes.append("")
+            self._asked.append(None)
             self._names.append("")
             self._start(len(self._members) - 1, self._best_home(len(self._members) - 1))
         return self._members
@@ -194,12 +196,21 @@ class Crew:
         """Move an idle member to where there is more room for it; returns its name in Ray.
 
         A node may have joined, and its own may have left: Ray has started it anew on some other.
+        Or Ray did not know the wanted node yet, and has started it elsewhere at once.
         """
+        self._hear(index)
         best = self._best_home(index)
         if best != self._homes[index]:
             ray.kill(self._members[index])
             self._start(index, best)
         return self._names[index]
+
+    def _hear(self, index: int) -> None:
+        """Note where a member is, if it has said so by now, and ask again."""
+        if ray.wait([self._asked[index]], timeout=0)[0]:
+            with contextlib.suppress(RayActorError):  # it is being started anew
+                self._homes[index] = ray.get(self._asked[index])
+            self._asked[index] = self._members[index].home.remote()
 
     def _start(self, index: int, home: str) -> None:
         where = NodeAffinitySchedulingStrategy(home, soft=True) if home else "SPREAD"
@@ -214,6 +225,7 @@ class Crew:
         )(Member)
         self._members[index] = member.remote()
         self._homes[index], self._names[index] = home, name
+        self._asked[index] = self._members[index].home.remote()
 
     def _best_home(self, index: int) -> str:
         """The node with fewest other members for its CPUs; where a member is, if that is one."""
@@ -258,4 +270,4 @@ class Crew:
         """End the processes, and with them their hold on GPUs; the next call starts them anew."""
         for member in self._members:
             ray.kill(member)
-        self._members, self._homes, self._names = [], [], []
+        self._members, self._homes, self._asked, self._names = [], [], [], []

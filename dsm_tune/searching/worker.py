@@ -40,6 +40,10 @@ class Member:
         """Answer."""
         return True
 
+    def home(self) -> str:
+        """Id of the node that it is on."""
+        return str(ray.get_runtime_context().get_node_id())
+
     def call(self, make: list[Any], function: Callable[[Any, Any], Any], item: Any) -> Any:
         """Call ``function(made, item)``."""
         return function(self._get_made(make), item)

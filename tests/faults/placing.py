@@ -6,6 +6,7 @@ plans are timed, and where the members of a crew are.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from typing import Any
@@ -30,7 +31,8 @@ def here(made: Any, item: Any) -> str:
 
 def main() -> None:
     cluster = Cluster(sys.argv[1], WORKERS)
-    with connected(cluster):
+    # Ray tells of nodes that have left on standard output.
+    with contextlib.redirect_stdout(sys.stderr), connected(cluster):
         crew, timed = Crew(nothing, cluster), ""
         while True:
             names = {n["NodeID"]: sorted({*n["Resources"]} & {*sys.argv[2:]}) for n in ray.nodes()}
@@ -42,7 +44,7 @@ def main() -> None:
                 "timed": [names[run_alone(node, cpus=cpus, node=timed)] for _ in range(4)],
                 "crew": sorted(names[one] for one in crew.map(here, range(2 * WORKERS))),
             }
-            print(json.dumps(found), flush=True)
+            print(json.dumps(found), file=sys.__stdout__, flush=True)
             if not sys.stdin.readline():
                 return
 

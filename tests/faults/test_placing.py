@@ -57,7 +57,7 @@ def test_a_crew_follows_the_nodes_and_what_is_timed_stays_on_one_of_them(tmp_pat
 
         def wait_for_crew(*names: str) -> None:  # a node takes a while to be known
             wait_until(
-                lambda: {name for (name,) in ask(process)["crew"]} == {*names},
+                lambda: {(name,) for name in names} == {*map(tuple, ask(process)["crew"])},
                 f"the crew does not come to {names}",
             )
 

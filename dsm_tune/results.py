@@ -22,8 +22,7 @@ __all__ = [
 ]
 
 REFERENCES = ("dense", "tome", "dsm")  # known plans that all others are compared with
-
-
+# Kinds of what may go wrong, in the order in which they are shown.
 FAULTS = ("worker", "call", "start", "store", "driver", "clock", "tracking", "trial")
 
 
@@ -171,8 +170,7 @@ class Fault:
             ``call``: what else had to be started again for that; ``start``: workers that died
             before their first job; ``store``: times the study's store was away; ``driver``:
             runs that ended without a word and were resumed; ``clock``: its jumps during a
-            search; ``tracking``: runs in which MLflow
-            failed; ``trial``: trials that failed.
+            search; ``tracking``: runs in which MLflow failed; ``trial``: trials that failed.
         count: of times.
         detail: of the last time.
     """

@@ -9,7 +9,7 @@ import os
 import socket
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -19,7 +19,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dsm_tune.errors import ConfigError, first_line
 from dsm_tune.searching.worker import Member, wait_for
 
-__all__ = ["RERUNS", "Cluster", "Crew", "connected", "run_alone", "timing_node"]
+__all__ = [
+    "RERUNS",
+    "Cluster",
+    "Crew",
+    "connected",
+    "roomiest",
+    "run_alone",
+    "timing_node",
+]
 
 RERUNS = 2  # of what was being done in a process that died
 
@@ -166,6 +174,52 @@ def _cpus_by_node() -> dict[str, tuple[float, float]]:
     return found
 
 
+def roomiest(
+    nodes: Mapping[str, tuple[float, float]], others: Sequence[str], gpus: float, home: str
+) -> str:
+    """The node on which a member of a crew has most room; where it is, if that is one of them.
+
+    Args:
+        nodes: CPUs and GPUs of each node, by its id.
+        others: the nodes of the other members.
+        gpus: that each member holds; a node whose GPUs are held by others has no room.
+        home: the node that it is on.
+
+    Returns:
+        The node with fewest members for its CPUs; ``home`` where none has room.
+    """
+    count = Counter(others)
+    return min(
+        (id for id, (_, more) in nodes.items() if (count[id] + 1) * gpus <= more + 1e-6),
+        key=lambda id: ((count[id] + 1) / nodes[id][0], id != home, id),
+        default=home,
+    )
+
+
+@dataclasses.dataclass(eq=False)
+class _Hired:
+    """A member of a crew, as Ray has it.
+
+    Attributes:
+        handle: asks it.
+        name: in Ray.
+        home: the node that it was started on, then the one that it has said it is on.
+        said: reference to what it will say of that.
+    """
+
+    handle: Any
+    name: str
+    home: str
+    said: Any
+
+    def hear(self) -> None:
+        """Note where it is, if it has said so by now, and ask again."""
+        if ray.wait([self.said], timeout=0)[0]:
+            with contextlib.suppress(RayActorError):  # it is being started anew
+                self.home = ray.get(self.said)
+            self.said = self.handle.home.remote()
+
+
 class Crew:
     """Processes that keep what they have made between calls, in trials and beside them.
 
@@ -177,20 +231,13 @@ class Crew:
     def __init__(self, make: Callable[[], Any], cluster: Cluster) -> None:
         self.cluster = cluster
         self.make = [ray.put(make)]  # a list, which Ray does not unpack
-        self._members: list[Any] = []
-        self._homes: list[str] = []  # the nodes that they are on, as far as they have said
-        self._asked: list[Any] = []  # what they will say
-        self._names: list[str] = []
+        self._hired: list[_Hired] = []
 
     def members(self) -> list[Any]:
         """Handles of the processes; they are started at the first call, evenly over the nodes."""
-        while len(self._members) < self.cluster.workers:
-            self._members.append(None)
-            self._homes.append("")
-            self._asked.append(None)
-            self._names.append("")
-            self._start(len(self._members) - 1, self._best_home(len(self._members) - 1))
-        return self._members
+        while len(self._hired) < self.cluster.workers:
+            self._hired.append(self._hire(self._best_home(self._hired, "")))
+        return [one.handle for one in self._hired]
 
     def settle(self, index: int) -> str:
         """Move an idle member to where there is more room for it; returns its name in Ray.
@@ -198,21 +245,15 @@ class Crew:
         A node may have joined, and its own may have left: Ray has started it anew on some other.
         Or Ray did not know the wanted node yet, and has started it elsewhere at once.
         """
-        self._hear(index)
-        best = self._best_home(index)
-        if best != self._homes[index]:
-            ray.kill(self._members[index])
-            self._start(index, best)
-        return self._names[index]
+        member = self._hired[index]
+        member.hear()
+        best = self._best_home([one for one in self._hired if one is not member], member.home)
+        if best != member.home:
+            ray.kill(member.handle)
+            member = self._hired[index] = self._hire(best)
+        return member.name
 
-    def _hear(self, index: int) -> None:
-        """Note where a member is, if it has said so by now, and ask again."""
-        if ray.wait([self._asked[index]], timeout=0)[0]:
-            with contextlib.suppress(RayActorError):  # it is being started anew
-                self._homes[index] = ray.get(self._asked[index])
-            self._asked[index] = self._members[index].home.remote()
-
-    def _start(self, index: int, home: str) -> None:
+    def _hire(self, home: str) -> _Hired:
         where = NodeAffinitySchedulingStrategy(home, soft=True) if home else "SPREAD"
         name = f"dsm-tune-{uuid.uuid4().hex}"
         # No CPU is reserved: Ray Tune's workers reserve them, and wait meanwhile.
@@ -223,20 +264,12 @@ class Crew:
             max_restarts=-1,
             scheduling_strategy=where,
         )(Member)
-        self._members[index] = member.remote()
-        self._homes[index], self._names[index] = home, name
-        self._asked[index] = self._members[index].home.remote()
+        handle = member.remote()
+        return _Hired(handle, name, home, handle.home.remote())
 
-    def _best_home(self, index: int) -> str:
-        """The node with fewest other members for its CPUs; where a member is, if that is one."""
-        gpus, cpus = self.cluster.gpus_per_worker, _cpus_by_node()
-        able = {node: count for node, (count, more) in cpus.items() if more >= gpus}
-        others = Counter(home for i, home in enumerate(self._homes) if i != index)
-        return min(
-            able,
-            key=lambda node: ((others[node] + 1) / able[node], node != self._homes[index], node),
-            default=self._homes[index],
-        )
+    def _best_home(self, others: Sequence[_Hired], home: str) -> str:
+        homes = [one.home for one in others]
+        return roomiest(_cpus_by_node(), homes, self.cluster.gpus_per_worker, home)
 
     def map(self, function: Callable[[Any, Any], Any], items: Sequence[Any]) -> list[Any]:
         """Call ``function(made, item)`` for each item; results in order.
@@ -268,6 +301,6 @@ class Crew:
 
     def rest(self) -> None:
         """End the processes, and with them their hold on GPUs; the next call starts them anew."""
-        for member in self._members:
-            ray.kill(member)
-        self._members, self._homes, self._asked, self._names = [], [], [], []
+        for member in self._hired:
+            ray.kill(member.handle)
+        self._hired = []

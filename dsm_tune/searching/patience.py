@@ -91,10 +91,14 @@ class Patience:
 
 def is_away(error: BaseException) -> bool:
     """Whether an error says that the store cannot be reached or written now."""
-    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    return isinstance(cause, AWAY)
+    return isinstance(_cause(error), AWAY)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the database's driver raised, if Optuna says so in its own words."""
+    return (isinstance(error, StorageInternalError) and error.__cause__) or error
 
 
 def _words(error: Exception) -> str:
-    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    return first_line(getattr(cause, "orig", None) or cause or error)
+    cause = _cause(error)
+    return first_line(getattr(cause, "orig", None) or cause)

@@ -36,10 +36,6 @@ class Member:
     def __init__(self) -> None:
         self._made: list[Any] = []
 
-    def is_there(self) -> bool:
-        """Answer."""
-        return True
-
     def home(self) -> str:
         """Id of the node that it is on."""
         return str(ray.get_runtime_context().get_node_id())
@@ -96,7 +92,7 @@ def wait_for(member: Any, seconds: float = RESTART_SECONDS) -> None:
     end = time.monotonic() + seconds
     while True:
         try:
-            ray.get(member.is_there.remote())
+            ray.get(member.home.remote())
             return
         except ActorUnavailableError:
             if time.monotonic() > end:

@@ -52,7 +52,7 @@ VIT_HUGE = Geometry((16, 16), 1, 32, 1280, 16, 5120, 14, 1000, "token")
 IMAGES = 50_000
 
 
-class Stopwatch:
+class CallTimes:
     """Adds up the time of named calls; of nested ones, each has its own alone."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -104,7 +104,7 @@ class Kept:
 class WatchedStudy(Study):
     """A study whose writes are timed by the clock."""
 
-    watch: Stopwatch
+    watch: CallTimes
 
     def add(self, *arguments: Any) -> Record:
         """Store a new trial."""
@@ -125,7 +125,7 @@ class WatchedStudy(Study):
 class WatchedSearch(Search):
     """A search whose parts are timed; its sampler is the space's at chosen numbers of trials."""
 
-    def __init__(self, marks: list[int], watch: Stopwatch, **options: Any) -> None:
+    def __init__(self, marks: list[int], watch: CallTimes, **options: Any) -> None:
         self.marks, self.watch = sorted(marks), watch
         self.found: list[dict[str, float]] = []
         self._real = options["planner"]
@@ -181,7 +181,7 @@ def make_planner() -> Planner:
     return Planner(space, VIT_HUGE, delay, limits, limits, lambda p: Cost(p.gmacs), "vit_huge")
 
 
-def run_here(study: Any, trials: int, marks: list[int], watch: Stopwatch) -> WatchedSearch:
+def run_here(study: Any, trials: int, marks: list[int], watch: CallTimes) -> WatchedSearch:
     """Run a search in this process."""
     search = WatchedSearch(
         marks, watch, study=study, planner=make_planner(), images=IMAGES, trials=trials, seed=0
@@ -194,14 +194,14 @@ def run_here(study: Any, trials: int, marks: list[int], watch: Stopwatch) -> Wat
 def driver_rows(trials: int) -> list[dict[str, float]]:
     """Processor seconds of the driver at some numbers of told trials."""
     marks = [mark for mark in (16, 64, 256, 512, 1000, 1500, 1960) if mark < trials - 8]
-    return run_here(Kept(), trials, marks, Stopwatch(time.process_time)).found
+    return run_here(Kept(), trials, marks, CallTimes(time.process_time)).found
 
 
 def storage_seconds(url: str, trials: int) -> tuple[dict[str, float], list[Record]]:
     """Seconds of each kind of write, and the trials."""
     study = WatchedStudy.create(url, "costs", {})
-    study.watch = Stopwatch()
-    search = run_here(study, trials, [], Stopwatch())
+    study.watch = CallTimes()
+    search = run_here(study, trials, [], CallTimes())
     return {name: study.watch.mean(name) for name in ("add", "store", "close")}, search.records()
 
 

@@ -40,6 +40,23 @@ class Ended:
         return self.err.strip()
 
 
+def answer(document: Any) -> dict[str, Any]:
+    """What a study's document says of its plans, wherever it ran and whatever happened meanwhile.
+
+    That is all but times, ids, names and faults.
+    """
+
+    def shown(result: Any) -> Any:
+        names = ("trial", "gmacs", "plan", "divergence", "divergence_search", "agreement", "top1")
+        return {name: result[name] for name in names}
+
+    return {
+        **{name: document[name] for name in ("status", "delay", "similarity_curve", "trials")},
+        **{name: shown(document[name]) for name in ("dense", "tome", "dsm", "chosen")},
+        "front": [shown(one) for one in document["front"]],
+    }
+
+
 def environment(**more: str) -> dict[str, str]:
     """This process's, less what would lead a tune elsewhere, and less keys of object stores."""
     kept = {

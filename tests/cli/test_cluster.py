@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Ended, environment, run
+from command_line import Ended, answer, environment, run
 from ray_nodes import ray_nodes
 from secrecy import CommandLines, files_below, places_of
 from servers import ObjectStore, free_port, mlflow_server, object_store, postgres, wait_until
@@ -91,20 +91,6 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ended = run(*TUNE, "--json", cwd=folder, timeout=500)
     assert ended.code == 0, ended
     return answer(ended.json)
-
-
-def answer(document: Any) -> dict[str, Any]:
-    """What must not depend on where a study ran: all but times, ids and names."""
-
-    def shown(result: Any) -> Any:
-        names = ("trial", "gmacs", "plan", "divergence", "divergence_search", "agreement", "top1")
-        return {name: result[name] for name in names}
-
-    return {
-        **{name: document[name] for name in ("status", "delay", "similarity_curve", "trials")},
-        **{name: shown(document[name]) for name in ("dense", "tome", "dsm", "chosen")},
-        "front": [shown(one) for one in document["front"]],
-    }
 
 
 def query(site: Site, question: str) -> list[tuple[Any, ...]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from command_line import Ended, environment, run
 from secrecy import CommandLines, files_below, places_of
-from servers import ObjectStore, free_port, mlflow_server, object_store
+from servers import BUCKET, ObjectStore, free_port, mlflow_server, object_store
 
 from dsm_tune.reviewing.stores import connect
 
@@ -92,7 +92,7 @@ def test_an_artifact_comes_back_through_the_server_as_it_was_stored(
     file = connect(tuned.uri).download_artifacts(parent, "report.html", str(tmp_path))
     wanted = f"{parent}/artifacts/report.html"
     (name,) = [one for one in tuned.objects.objects() if one.endswith(wanted)]
-    stored = tuned.objects.client().get_object(Bucket="tuning", Key=name)["Body"].read()
+    stored = tuned.objects.client().get_object(Bucket=BUCKET, Key=name)["Body"].read()
     assert Path(file).read_bytes() == stored
     assert b"</html>" in stored
 
@@ -125,7 +125,7 @@ def test_no_key_of_the_object_store_is_in_logs_command_lines_runs_or_the_study(
         **files_below(tuned.folder, tuned.servers),  # the study, MLflow's database, both logs
     }
     assert places_of("mlflow server", texts.items())  # what is looked at is there
-    assert places_of("PUT /tuning/", texts.items()) == [str(tuned.servers / "objects.log")]
+    assert places_of(f"PUT /{BUCKET}/", texts.items()) == [str(tuned.servers / "objects.log")]
     assert places_of(tuned.objects.secret_key, texts.items()) == []
     # A signed URL names the key that signed it, and the store logs what it is asked for.
     assert set(places_of(tuned.objects.access_key, texts.items())) <= {

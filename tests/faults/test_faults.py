@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import environment, run
+from command_line import answer, environment, run
 from disturbed import Tune
 from ray_nodes import ray_cluster
 from schedule import SEED, Fault, chosen_seed, draw, draw_jumps
@@ -51,20 +51,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Tune:
     assert ended.code == 0, ended
     assert ended.json["faults"] == []
     return tune
-
-
-def answer(document: Any) -> dict[str, Any]:
-    """What must not depend on what happened: all but times, ids, names and the faults."""
-
-    def shown(result: Any) -> Any:
-        names = ("trial", "gmacs", "plan", "divergence", "divergence_search", "agreement", "top1")
-        return {name: result[name] for name in names}
-
-    return {
-        **{name: document[name] for name in ("status", "delay", "similarity_curve", "trials")},
-        **{name: shown(document[name]) for name in ("dense", "tome", "dsm", "chosen")},
-        "front": [shown(one) for one in document["front"]],
-    }
 
 
 def document(tune: Tune) -> Any:

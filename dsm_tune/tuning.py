@@ -201,9 +201,14 @@ class _Tune:
             self.listener.say(f"the study {found.name} is finished already; --trials continues it")
             return Answer.of(found).result()
         self._refuse_what_does_not_answer(found is None)
-        with connected(self.cluster):
+        with contextlib.ExitStack() as ends:
+            if found is not None:
+                ends.enter_context(found.driven())
+            ends.enter_context(connected(self.cluster))
             # A study is not made before all that can be refused has been.
             study = found or self._create(identity, weights_digest(inputs.model))
+            if found is None:
+                ends.enter_context(study.driven())
             study.patience = Patience(self.listener.say)
             self.study = study
             if found is not None and found.facts.get("status", "running") == "running":

@@ -6,9 +6,11 @@ evaluation is stored before anything is done with it: after a crash nothing has 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +24,7 @@ from optuna.trial import TrialState, create_trial
 from dsm_tune.errors import StudyError, first_line, nearest
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Evaluation
+from dsm_tune.searching.lock import Lock, lock_of
 from dsm_tune.searching.patience import Patience
 from dsm_tune.searching.samplers import quietly, sampled
 from dsm_tune.searching.space import Space
@@ -33,7 +36,17 @@ STATES = {
     "pruned": TrialState.PRUNED,
     "failed": TrialState.FAIL,
 }
-CONNECT_SECONDS = 10  # to a database server
+# Of a database's driver: how long it waits for a lock, to connect, and for a network that is cut.
+CONNECT = {
+    "sqlite": {"timeout": 60},
+    "postgresql": {
+        "connect_timeout": 10,
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 60_000,  # milliseconds
+    },
+}
 Found = TypeVar("Found")
 
 
@@ -106,8 +119,7 @@ def _has_studies(address: sqlalchemy.URL) -> bool:
 
 
 def _timeouts(address: sqlalchemy.URL) -> dict[str, Any]:
-    names = {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": CONNECT_SECONDS}}
-    return dict(names.get(address.get_backend_name(), {}))
+    return dict(CONNECT.get(address.get_backend_name(), {}))
 
 
 def study_names(url: str) -> list[str]:
@@ -130,6 +142,7 @@ class Study:
     def __init__(self, storage: RDBStorage, study: optuna.Study) -> None:
         self._storage = storage
         self.patience: Patience | None = None
+        self._lock: Lock | None = None
         self._ids: dict[int, int] = {}  # in the storage, by number
         self.optuna_study = study
 
@@ -190,6 +203,38 @@ class Study:
         """What is known of the study as a whole."""
         found: dict[str, Any] = self._do(lambda: self.optuna_study.user_attrs)
         return found
+
+    @contextlib.contextmanager
+    def driven(self) -> Iterator[None]:
+        """Be the one process that writes this study, to the end of the block.
+
+        Raises:
+            StudyError: if another does, or the store cannot say.
+        """
+        address = self._storage.engine.url
+        lock = lock_of(address, self.name, _timeouts(address))
+        if lock is not None:
+            try:
+                taken = lock.take()
+            except (OSError, sqlalchemy.exc.SQLAlchemyError) as error:
+                raise StudyError(
+                    f"the study store must be writable, but: {first_line(error)}"
+                ) from None
+            if not taken:
+                other = self.facts.get("driver") or {"pid": "another", "host": "a host"}
+                raise StudyError(
+                    f"the study {self.name!r} must be run by one process at a time, and process "
+                    f"{other['pid']} on {other['host']} runs it now; accepted are its end, or "
+                    "another --study"
+                )
+        self._lock = lock
+        try:
+            self.put("driver", {"pid": os.getpid(), "host": socket.gethostname()})
+            yield
+        finally:
+            self._lock = None
+            if lock is not None:
+                lock.drop()
 
     def put(self, key: str, value: Any) -> None:
         """Store a fact: anything that JSON can say."""
@@ -316,6 +361,8 @@ class Study:
         before = self.patience.waits
         found = self.patience.call(action)
         if self.patience.waits > before:
+            if self._lock is not None:
+                self._lock.renew()
             self.note("store", f"last: {self.patience.cause}")
         return found
 

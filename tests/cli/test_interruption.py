@@ -129,3 +129,13 @@ def test_ctrl_c_finishes_what_runs_saves_and_resumes(tmp_path: Path) -> None:
     check_finished(tmp_path, run("resume", "cut", "--json", cwd=tmp_path, timeout=500))
     assert evaluated.items() <= evaluations(tmp_path).items()
     assert done.items() <= ended(tmp_path).items()
+
+
+def test_a_second_process_on_a_study_that_runs_is_refused_in_one_line(tmp_path: Path) -> None:
+    with tuning(tmp_path) as process:
+        refused = run("resume", "cut", cwd=tmp_path, timeout=100)
+        process.kill()
+        process.wait()
+    assert "the study 'cut' must be run by one process at a time" in refused.error
+    assert f"and process {process.pid} on " in refused.error
+    assert run("show", "cut", "--json", cwd=tmp_path).json["faults"] == []

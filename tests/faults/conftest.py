@@ -1,8 +1,9 @@
-"""Clusters, databases and the command line are those of ``tests/cli``."""
+"""Clusters, databases and the command line are those of ``tests/cli``; studies of ``searching``."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
+for folder in ("cli", "searching"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))

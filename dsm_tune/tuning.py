@@ -204,6 +204,7 @@ class _Tune:
         with contextlib.ExitStack() as ends:
             if found is not None:
                 ends.enter_context(found.driven())
+                self.listener.say(f"continuing the study {found.name}")
             ends.enter_context(connected(self.cluster))
             # A study is not made before all that can be refused has been.
             study = found or self._create(identity, weights_digest(inputs.model))
@@ -309,7 +310,6 @@ class _Tune:
                     f"{stored!r:.80}, not {value!r:.80}; "
                     "accepted are the same configuration or another --study"
                 )
-        self.listener.say(f"continuing the study {config.study_name}")
         return found
 
     def _is_complete(self, study: Study) -> bool:

@@ -52,9 +52,9 @@ class Tune:
     # -- the driver -----------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Begin the study; whatever is left of its driver is killed in the end."""
-        self.begin("tune", *self._words, "--study", "faulty")
+    def running(self, *more: str) -> Iterator[None]:
+        """Begin the study, with more words; whatever is left of its driver is killed in the end."""
+        self.begin("tune", *self._words, *more, "--study", "faulty")
         try:
             yield
         finally:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from command_line import answer, environment, run
 from disturbed import Tune
-from ray_nodes import ray_cluster
+from ray_nodes import HEAD, ray_cluster
 from schedule import SEED, Fault, chosen_seed, draw, draw_jumps
 from servers import free_port, postgres_server
 
@@ -29,6 +29,7 @@ CLUSTER = {  # studies on a cluster with a database server, and no MLflow at all
     "two": {"node": 3, "database": 1},
     "three": {"driver": 3, "worker": 1, "node": 1, "database": 1},
 }
+HEADS = {"head": 1}
 DISK = {"full disk": 2, "file limit": 2, "driver": 2}
 JUMPS = 4  # of the clock
 DEAD_MLFLOW = 1  # per study on the cluster
@@ -107,6 +108,26 @@ def test_workers_nodes_driver_database_and_mlflow_may_fail_at_any_moment(
     assert len(tune.injected) == len(faults)
 
 
+def test_a_head_that_is_killed_ends_the_driver_and_another_cluster_goes_on(
+    seed: int, undisturbed: Tune, tmp_path: Path
+) -> None:
+    (fault,) = draw(seed, "head", HEADS, len(undisturbed.evaluations()))
+    print(f"\nhead: {fault}")
+    tune = Tune(tmp_path, f"sqlite:///{tmp_path}/studies.db", WORDS)
+    with ray_cluster("left", "right", with_dashboard=False) as nodes:
+        with tune.running("--ray-address", nodes.address):
+            tune.wait_for(fault.after)
+            before = tune.evaluations()
+            nodes.kill(HEAD)
+            assert tune.end().code != 0
+        assert "Failed to connect to GCS" in tune.said()
+        assert "Traceback" not in tune.said()
+    with ray_cluster("left", "right", with_dashboard=False) as nodes:
+        tune.begin("resume", "faulty", "--ray-address", nodes.address)
+        assert check_same(tune, undisturbed) == {"driver": HEADS["head"]}
+    assert before.items() <= tune.evaluations().items()
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
     """A file system of 8 MiB; skips where none may be mounted."""
@@ -165,7 +186,7 @@ def test_a_clock_may_jump_by_a_month(seed: int, undisturbed: Tune, tmp_path: Pat
 
 def test_at_least_twenty_faults_are_drawn_the_same_ones_from_the_same_seed(seed: int) -> None:
     drawn: list[Fault] = []
-    for study, kinds in {**CLUSTER, "disk": DISK}.items():
+    for study, kinds in {**CLUSTER, "disk": DISK, "head": HEADS}.items():
         found = draw(seed, study, kinds, 40)
         assert found == draw(seed, study, kinds, 40)
         drawn += found

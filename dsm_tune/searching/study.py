@@ -102,7 +102,7 @@ def _open(url: str, *, create: bool) -> RDBStorage:
         if not create and not _has_studies(address):  # opening it would make its tables
             raise StudyError("it holds no studies; `dsm-tune` makes them")
         with quietly():
-            return RDBStorage(url, engine_kwargs={"connect_args": _timeouts(address)})
+            return RDBStorage(url, engine_kwargs={"connect_args": _connect_args(address)})
     except Exception as error:  # drivers raise their own kinds: unreachable, unwritable, malformed
         raise StudyError(
             f"the study store {address.render_as_string(hide_password=True)} must be readable and "
@@ -111,14 +111,14 @@ def _open(url: str, *, create: bool) -> RDBStorage:
 
 
 def _has_studies(address: sqlalchemy.URL) -> bool:
-    engine = sqlalchemy.create_engine(address, connect_args=_timeouts(address))
+    engine = sqlalchemy.create_engine(address, connect_args=_connect_args(address))
     try:
         return sqlalchemy.inspect(engine).has_table("studies")
     finally:
         engine.dispose()
 
 
-def _timeouts(address: sqlalchemy.URL) -> dict[str, Any]:
+def _connect_args(address: sqlalchemy.URL) -> dict[str, Any]:
     return dict(CONNECT.get(address.get_backend_name(), {}))
 
 
@@ -212,7 +212,7 @@ class Study:
             StudyError: if another does, or the store cannot say.
         """
         address = self._storage.engine.url
-        lock = lock_of(address, self.name, _timeouts(address))
+        lock = lock_of(address, self.name, _connect_args(address))
         if lock is not None:
             try:
                 taken = lock.take()

@@ -12,7 +12,8 @@ from dsm_tune import schedules
 from dsm_tune.answer import load_study
 from dsm_tune.errors import ConfigError, PlanError, StudyError
 from dsm_tune.plan import Geometry, MergePlan
-from dsm_tune.searching.study import Study, study_names
+from dsm_tune.searching.store import study_names
+from dsm_tune.searching.study import Study
 
 __all__ = [
     "Settings",

@@ -19,7 +19,7 @@ from dsm_tune.merging.loading import weights_digest
 from dsm_tune.methods import read_plan, trials_of_run
 from dsm_tune.plan import MergePlan
 from dsm_tune.results import Result
-from dsm_tune.searching.study import study_names
+from dsm_tune.searching.store import study_names
 
 __all__ = ["Source", "of_plan", "of_study"]
 

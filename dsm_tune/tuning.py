@@ -46,7 +46,8 @@ from dsm_tune.searching.patience import Patience
 from dsm_tune.searching.planner import Planner
 from dsm_tune.searching.search import Progress, Search
 from dsm_tune.searching.space import load_space
-from dsm_tune.searching.study import Study, study_names
+from dsm_tune.searching.store import study_names
+from dsm_tune.searching.study import Study
 from dsm_tune.stopwatch import Stopwatch
 from dsm_tune.survey import MOST_CONFIRMED, Survey, make_planner, survey
 from dsm_tune.target import TargetDevice, predict_latency

@@ -110,7 +110,7 @@ def _look(config: TuneConfig, values: Any) -> int:
 
 
 def _interrupted(study: str, storage: str | None) -> int:
-    from dsm_tune.searching.study import study_names
+    from dsm_tune.searching.store import study_names
 
     if storage is not None and study not in study_names(storage):
         return end("interrupted before anything was stored", INTERRUPTED)

@@ -11,7 +11,6 @@ import dataclasses
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
@@ -28,24 +27,14 @@ from dsm_tune.searching.lock import Lock, lock_of
 from dsm_tune.searching.patience import Patience
 from dsm_tune.searching.samplers import quietly, sampled
 from dsm_tune.searching.space import Space
+from dsm_tune.searching.store import connect_args, open_store
 
-__all__ = ["Record", "Study", "study_names"]
+__all__ = ["Record", "Study"]
 
 STATES = {
     "complete": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,
     "failed": TrialState.FAIL,
-}
-# Of a database's driver: how long it waits for a lock, to connect, and for a network that is cut.
-CONNECT = {
-    "sqlite": {"timeout": 60},
-    "postgresql": {
-        "connect_timeout": 10,
-        "keepalives_idle": 30,
-        "keepalives_interval": 10,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 60_000,  # milliseconds
-    },
 }
 Found = TypeVar("Found")
 
@@ -86,51 +75,6 @@ class Record:
         return self.evaluations[max(self.evaluations)] if self.evaluations else None
 
 
-def _open(url: str, *, create: bool) -> RDBStorage:
-    try:
-        address = sqlalchemy.engine.make_url(url)
-    except sqlalchemy.exc.ArgumentError:
-        raise StudyError(
-            "--storage must be a database URL such as sqlite:////tmp/dsm_tune.db, "
-            f"but got {url!r:.80}"
-        ) from None
-    file = Path(address.database or "")
-    is_local = address.get_backend_name() == "sqlite"
-    if is_local and not create and not os.path.isfile(file):  # False for a name that is too long
-        raise StudyError(f"there is no study store at {file}; `dsm-tune` makes one")
-    try:
-        if not create and not _has_studies(address):  # opening it would make its tables
-            raise StudyError("it holds no studies; `dsm-tune` makes them")
-        with quietly():
-            return RDBStorage(url, engine_kwargs={"connect_args": _connect_args(address)})
-    except Exception as error:  # drivers raise their own kinds: unreachable, unwritable, malformed
-        raise StudyError(
-            f"the study store {address.render_as_string(hide_password=True)} must be readable and "
-            f"writable, but: {first_line(error)}"
-        ) from None
-
-
-def _has_studies(address: sqlalchemy.URL) -> bool:
-    engine = sqlalchemy.create_engine(address, connect_args=_connect_args(address))
-    try:
-        return sqlalchemy.inspect(engine).has_table("studies")
-    finally:
-        engine.dispose()
-
-
-def _connect_args(address: sqlalchemy.URL) -> dict[str, Any]:
-    return dict(CONNECT.get(address.get_backend_name(), {}))
-
-
-def study_names(url: str) -> list[str]:
-    """Names of the studies in a store; none where there is no store."""
-    try:
-        with quietly():
-            return sorted(optuna.get_all_study_names(_open(url, create=False)))
-    except StudyError:
-        return []
-
-
 class Study:
     """A study in an Optuna storage. One process writes; any may read.
 
@@ -153,7 +97,7 @@ class Study:
         Raises:
             StudyError: if the name is taken or the store cannot be written.
         """
-        storage = _open(url, create=True)
+        storage = open_store(url, create=True)
         try:
             with quietly():
                 study = optuna.create_study(
@@ -181,7 +125,7 @@ class Study:
         Raises:
             StudyError: if there is none of this name; nothing is made.
         """
-        storage = _open(url, create=False)
+        storage = open_store(url, create=False)
         with quietly():
             try:
                 found = optuna.load_study(storage=storage, study_name=name, sampler=RandomSampler())
@@ -212,7 +156,7 @@ class Study:
             StudyError: if another does, or the store cannot say.
         """
         address = self._storage.engine.url
-        lock = lock_of(address, self.name, _connect_args(address))
+        lock = lock_of(address, self.name, connect_args(address))
         if lock is not None:
             try:
                 taken = lock.take()

@@ -81,9 +81,9 @@ class Tune:
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
 
-    def resume(self) -> None:
-        """Go on with the study in a new driver."""
-        self.begin("resume", "faulty")
+    def resume(self, *more: str) -> None:
+        """Go on with the study in a new driver, with further words of the command line."""
+        self.begin("resume", "faulty", *more)
 
     def end(self) -> Ended:
         """Wait for the end of the driver."""

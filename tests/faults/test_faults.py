@@ -114,17 +114,19 @@ def test_a_head_that_is_killed_ends_the_driver_and_another_cluster_goes_on(
     (fault,) = draw(seed, "head", HEADS, len(undisturbed.evaluations()))
     print(f"\nhead: {fault}")
     tune = Tune(tmp_path, f"sqlite:///{tmp_path}/studies.db", WORDS)
-    with ray_cluster("left", "right", with_dashboard=False) as nodes:
-        with tune.running("--ray-address", nodes.address):
-            tune.wait_for(fault.after)
-            before = tune.evaluations()
-            nodes.kill(HEAD)
-            assert tune.end().code != 0
+    with (
+        ray_cluster("left", "right", with_dashboard=False) as nodes,
+        tune.running("--ray-address", nodes.address),
+    ):
+        tune.wait_for(fault.after)
+        before = tune.evaluations()
+        nodes.kill(HEAD)
+        assert tune.end().code != 0
         assert "Failed to connect to GCS" in tune.said()
         assert "Traceback" not in tune.said()
-    with ray_cluster("left", "right", with_dashboard=False) as nodes:
-        tune.begin("resume", "faulty", "--ray-address", nodes.address)
-        assert check_same(tune, undisturbed) == {"driver": HEADS["head"]}
+        with ray_cluster("left", "right", with_dashboard=False) as others:
+            tune.resume("--ray-address", others.address)
+            assert check_same(tune, undisturbed) == {"driver": HEADS["head"]}
     assert before.items() <= tune.evaluations().items()
 
 

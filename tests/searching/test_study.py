@@ -18,7 +18,8 @@ from dsm_tune.results import Evaluation
 from dsm_tune.searching import samplers
 from dsm_tune.searching.samplers import Mirror, derive_seed
 from dsm_tune.searching.space import FORMAT, SAMPLERS
-from dsm_tune.searching.study import Record, Study, study_names
+from dsm_tune.searching.store import study_names
+from dsm_tune.searching.study import Record, Study
 
 
 @pytest.fixture

@@ -336,6 +336,11 @@ class MergePlan:
         return tuple(active)
 
     @property
+    def is_dense(self) -> bool:
+        """Whether a forward under the plan is that of the model as it is, to the bit."""
+        return self.last_block == "all" and not self.active_steps
+
+    @property
     def last_local(self) -> int:
         """The last block that merges within windows; -1 if none does."""
         return max((step.block for step in self.active_steps if step.window), default=-1)

@@ -35,7 +35,8 @@ class DeviceProfile:
         batch_size: images per forward.
         runtime: ``eager``, ``onnx`` or ``cudagraphs``.
         tokens: ascending token counts at which the parts were timed.
-        parts: milliseconds of each part at these counts: ``attention`` (half of a dense block),
+        parts: milliseconds of each part at these counts: ``block`` (of the dense model, where its
+            blocks run otherwise than those of a plan), ``attention`` (half of a block),
             ``attention_sized`` (the same with token sizes), ``mlp``, ``prefix_block`` (a last
             block for prefix tokens only), ``stem`` and ``head`` (at every count the same), and
             what a step adds: ``merge_<feature>``, ``local``, ``salience_<attention>``,
@@ -117,6 +118,8 @@ class DeviceProfile:
             raise PlanError(f"the profile is for {self.geometry}, but the plan for {plan.geometry}")
         steps = {step.block: step for step in plan.active_steps}
         total, sized = self._at("stem", plan.tokens[0]) + self._at("head", plan.tokens[0]), False
+        if plan.is_dense and "block" in self.parts:
+            return (total + plan.geometry.depth * self._at("block", plan.tokens[0])) * self.scale
         for block in range(plan.geometry.depth):
             before, after = plan.tokens[block], plan.tokens[block + 1]
             weighted = sized and plan.proportional_attention

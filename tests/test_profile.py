@@ -164,6 +164,13 @@ def test_the_dense_model_takes_stem_blocks_and_head() -> None:
     )
 
 
+def test_blocks_of_the_dense_model_may_take_a_time_of_their_own() -> None:
+    one = profile(parts={**profile().parts, "block": (5.0,) * 6})
+    assert one.predict(MergePlan("", TINY)) == pytest.approx(0.5 + 12 * 5.0 + 0.25)
+    for plan in (schedules.tome(TINY, 8), MergePlan("", TINY, last_block="prefix")):
+        assert one.predict(plan) == profile().predict(plan)
+
+
 def test_each_part_of_a_step_is_added_at_the_count_that_enters_its_block() -> None:
     def plan(**matching: Any) -> MergePlan:
         return MergePlan("", TINY, (Step(0, "merge", 97, 7),), Matching(**matching))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.measuring.quality import PerImage, compare
-from dsm_tune.merging.backbone import read_geometry, stem
+from dsm_tune.merging.backbone import read_geometry, run, stem
 from dsm_tune.merging.merged import finish, merged
 from dsm_tune.plan import MergePlan
 
@@ -22,7 +22,7 @@ class Evaluator:
     """Evaluates plans on one set of images.
 
     The dense outputs are computed once. The tokens that enter the first block that a plan
-    changes are the dense model's, and are kept too: a plan is run from there, in the same
+    changes are the same for all plans, and are kept too: a plan is run from there, in the same
     batches, so that its outputs have the bits that a forward from the images would give.
 
     Args:
@@ -80,11 +80,11 @@ class Evaluator:
         """
         wanted = len(self.labels) if count is None else min(count, len(self.labels))
         dense = self.dense_outputs(wanted)
-        if plan.active_steps or plan.last_block != "all":
+        if plan.is_dense:
+            kept = dense  # its outputs have the dense model's bits
+        else:
             batches = range(-(-wanted // self.batch_size))
             kept = torch.cat([self._outputs(plan, i) for i in batches])[:wanted]
-        else:
-            kept = dense  # the plan changes nothing, and its outputs have the dense model's bits
         return compare(dense, kept, self.labels[:wanted], classes=self.geometry.classes)
 
     def _outputs(self, plan: MergePlan, batch: int) -> Tensor:
@@ -102,7 +102,7 @@ class Evaluator:
         return self._batches[batch].to(self._where.device, self._where.dtype)
 
     def _entering(self, block: int, batch: int) -> Tensor | None:
-        """Tokens of the dense model that enter a block; ``None`` if there is no room for them."""
+        """Tokens that enter a block before any merges; ``None`` if there is no room for them."""
         found = self._kept.get((block, batch))
         if found is not None:
             return found
@@ -117,6 +117,6 @@ class Evaluator:
         x = self._kept[start, batch] if kept else stem(self.model, self._pixels(batch))
         parts: Any = self.model
         for index in range(start, block):
-            x = parts.blocks[index](x)
+            x = run(parts.blocks[index], x)
         self._kept[block, batch] = x
         return x

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dsm_tune.merging import backbone
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.merging.merged import MergedBlocks
+from dsm_tune.merging.on_cpu import suits
 from dsm_tune.plan import ATTENTIONS, Geometry, Matching, MergePlan, Step
 from dsm_tune.runtimes.forwards import Call, prepared
 
@@ -53,6 +54,8 @@ def _eager_calls(
     block = parts.blocks[geometry.depth // 2]
     x, size = tokens_for(geometry, pixels, count)
     log_size = size.log()
+    if suits(x):  # the dense model's blocks run as they are, unlike those of a plan
+        yield "block", partial(block, x)
     yield "attention", partial(backbone.attend, block, x, None)
     yield "attention_sized", lambda: backbone.attend(block, x, size.log())
     yield "mlp", partial(backbone.feed_forward, block, x)

@@ -20,6 +20,7 @@ from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import Tensor, nn
 
 from dsm_tune.errors import ModelError
+from dsm_tune.merging.on_cpu import is_watched, linear, linear_gelu, product, suits
 from dsm_tune.merging.refusals import reason_for
 from dsm_tune.plan import Geometry
 
@@ -31,6 +32,7 @@ __all__ = [
     "image_size",
     "pool_by_size",
     "read_geometry",
+    "run",
     "stem",
 ]
 
@@ -182,6 +184,14 @@ def pool_by_size(pool: AttentionPoolLatent, x: Tensor, size: Tensor) -> Tensor:
     return pooled
 
 
+def run(block: Block, x: Tensor) -> Tensor:
+    """A block in which nothing merges: [B, N, C] to the same."""
+    if not suits(x) or is_watched(block):
+        result: Tensor = block(x)
+        return result
+    return feed_forward(block, attend(block, x, None)[0])
+
+
 def attend(block: Block, x: Tensor, log_size: Tensor | None) -> tuple[Tensor, Projections]:
     """The attention half of a block: ``x + Attn(norm1(x))``.
 
@@ -195,7 +205,7 @@ def attend(block: Block, x: Tensor, log_size: Tensor | None) -> tuple[Tensor, Pr
     """
     attn = block.attn
     batch, count, _ = x.shape
-    qkv = attn.qkv(block.norm1(x)).reshape(batch, count, 3, attn.num_heads, attn.head_dim)
+    qkv = linear(attn.qkv, block.norm1(x)).reshape(batch, count, 3, attn.num_heads, attn.head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     parts = Projections(_through(attn.q_norm, q), _through(attn.k_norm, k), v, attn.scale)
     return x + _attention_output(block, parts, log_size), parts
@@ -216,7 +226,7 @@ def _attention_output(block: Block, parts: Projections, log_size: Tensor | None)
     heads = F.scaled_dot_product_attention(
         parts.q, parts.k, parts.v, attn_mask=bias, dropout_p=dropout, scale=parts.scale
     )
-    mixed = attn.proj(_through(attn.norm, heads.transpose(1, 2).flatten(2)))
+    mixed = linear(attn.proj, _through(attn.norm, heads.transpose(1, 2).flatten(2)))
     return _through(block.drop_path1, _through(block.ls1, _through(attn.proj_drop, mixed)))
 
 
@@ -234,8 +244,8 @@ def attend_prefix(block: Block, x: Tensor, log_size: Tensor | None, prefix: int)
     normed = block.norm1(x)
     weight, bias = attn.qkv.weight, attn.qkv.bias
     q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-    q = F.linear(normed[:, :prefix], weight[:width], q_bias)
-    kv = F.linear(normed, weight[width:], kv_bias)
+    q = product(normed[:, :prefix], weight[:width], q_bias)
+    kv = product(normed, weight[width:], kv_bias)
     q = q.reshape(batch, prefix, attn.num_heads, attn.head_dim).transpose(1, 2)
     k, v = (
         kv.reshape(batch, count, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
@@ -248,8 +258,8 @@ def feed_forward(block: Block, x: Tensor) -> Tensor:
     """The MLP half of a block: ``x + MLP(norm2(x))``, [B, N, C] to [B, N, C]."""
     normed, mlp = block.norm2(x), block.mlp
     if type(mlp) is Mlp:
-        hidden = _through(mlp.norm, _through(mlp.drop1, mlp.act(mlp.fc1(normed))))
-        mixed = _through(mlp.drop2, mlp.fc2(hidden))
+        hidden = _through(mlp.norm, _through(mlp.drop1, linear_gelu(mlp.fc1, mlp.act, normed)))
+        mixed = _through(mlp.drop2, linear(mlp.fc2, hidden))
     else:
         mixed = mlp(normed)
     return x + _through(block.drop_path2, _through(block.ls2, mixed))

@@ -30,6 +30,7 @@ class MergedBlocks(nn.Sequential):
         self.plan = plan
         self.steps = {step.block: step for step in plan.active_steps}
         self.last_local = plan.last_local
+        self.is_dense = plan.is_dense
         self.final_norm: Any = None
         self.attention_pool: Any = None
         self.pooled_from = 0
@@ -84,7 +85,9 @@ class MergedBlocks(nn.Sequential):
             x = backbone.attend_prefix(block, tokens.x, log_size, plan.geometry.prefix)
             return Tokens(backbone.feed_forward(block, x))
         if step is None and log_size is None:
-            return tokens.having(block(tokens.x))
+            return tokens.having(
+                block(tokens.x) if self.is_dense else backbone.run(block, tokens.x)
+            )
         x, parts = backbone.attend(block, tokens.x, log_size)
         tokens = tokens.having(x)
         if step is not None:

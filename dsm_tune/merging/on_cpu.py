@@ -1,0 +1,81 @@
+"""Linear layers on a CPU, eager, by oneDNN: its products are quicker there than torch's own.
+
+torch gives float32 products on a CPU to MKL, which on processors of AMD leaves half of their
+speed; oneDNN, which torch has too, does not, and applies GELU while a product is still at hand.
+The results differ by rounding alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+__all__ = ["is_watched", "linear", "linear_gelu", "product", "suits"]
+
+
+def _operator() -> Any:
+    """oneDNN's linear layer, where this torch has it."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
+    return torch.ops.mkldnn._linear_pointwise.default
+
+
+PRODUCT = _operator()
+
+
+def suits(x: Tensor) -> bool:
+    """Whether what computes on a tensor may do so by other means than torch's operators.
+
+    It may on a CPU in float32, if nobody wants gradients and nobody watches the operators: a
+    trace, a compiler, a count.
+    """
+    return (
+        x.is_cpu
+        and x.dtype is torch.float32
+        and type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not is_in_torch_dispatch_mode()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
+
+
+def linear(layer: Any, x: Tensor) -> Tensor:
+    """What a linear layer makes of [B, N, C]."""
+    if not _is_plain(layer):
+        result: Tensor = layer(x)
+        return result
+    return product(x, layer.weight, layer.bias)
+
+
+def linear_gelu(layer: Any, activation: Any, x: Tensor) -> Tensor:
+    """What a linear layer and the activation behind it make of [B, N, C]."""
+    is_plain = _is_plain(layer) and type(activation) is nn.GELU and not is_watched(activation)
+    if not is_plain or PRODUCT is None or not suits(x):
+        result: Tensor = activation(linear(layer, x))
+        return result
+    kind = activation.approximate
+    quick: Tensor = PRODUCT(x, layer.weight, layer.bias, "gelu", [], kind)
+    return quick
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[B, N, C] times the transpose of [O, C], and [O] more: [B, N, O]."""
+    if PRODUCT is None or not suits(x):
+        return nn.functional.linear(x, weight, bias)
+    quick: Tensor = PRODUCT(x, weight, bias, "none", [], "")
+    return quick
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer is no more than its weights: not adapted, not watched."""
+    return type(layer) is nn.Linear and not is_watched(layer)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody is told when a module runs: then it is to be called, not what it does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -29,7 +29,7 @@ _REASONS = {
     "applies a merge: the one-hot product that stands for a gather": "baddbmm",
     "a norm": "batch_norm group_norm instance_norm layer_norm linalg_vector_norm rms_norm",
     "elementwise": "__and__ addcmul bitwise_not ceil clamp_min hardsigmoid hardsigmoid_ hardswish"
-    " hardswish_ leaky_relu log masked_fill mul mul_ remainder silu_ where",
+    " hardswish_ leaky_relu log log_ masked_fill mul mul_ reciprocal remainder silu_ where",
     "one addition per element": "adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d"
     " cumsum mean",
     "orders or picks": "amax argsort index_select roll scatter sort tril",

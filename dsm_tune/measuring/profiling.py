@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib
+import importlib.metadata
 import platform
 import statistics
 import time
@@ -33,17 +34,19 @@ DEVICE_REPEATS = 10  # calls between two waits for a device, so that launches ov
 def describe_device(device: torch.device, runtime: str = "eager") -> dict[str, Any]:
     """What decides how fast a device is: its name, driver or processor, libraries, and threads."""
     if runtime == "onnx":
-        found: str = importlib.import_module("onnxruntime").__version__
-        return {**describe_device(device), "onnxruntime": found}
+        return {**describe_device(device), "onnxruntime": importlib.metadata.version("onnxruntime")}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return {"name": name, "cuda": torch.version.cuda, "torch": torch.__version__}
-    return {
+    found = {
         "name": _processor(),
         "machine": platform.machine(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["numba"] = importlib.metadata.version("numba")
+    return found
 
 
 def _processor() -> str:

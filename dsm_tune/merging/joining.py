@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
+from dsm_tune.merging import on_cpu
 from dsm_tune.merging.matching import Choice, first_positions, halves
 
 __all__ = ["Tokens", "follow", "merge", "rows_at"]
@@ -67,6 +68,8 @@ def merge(
         N - r tokens: prefix, even tokens that stayed, odd tokens.
     """
     x, size = tokens.x, tokens.size
+    if on_cpu.loops_suit(x):
+        return _merge_by_loops(tokens, choice, prefix, weight, norm, centroid)
     if size is None:
         size = x.new_ones(x.shape[:2], dtype=torch.float32)
     moves = _moves(choice, x.shape[1], prefix)
@@ -91,10 +94,33 @@ def merge(
     if place is not None:
         parts = moves.part(place)
         place = moves.by_image(mean(*parts) if centroid else parts[0])
-    origin = None
-    if tokens.origin is not None:
-        origin = follow(tokens.origin, _positions(choice, size.shape[1], prefix))
+    origin = _origin(tokens, choice, prefix)
     return Tokens(moves.by_image(merged), moves.by_image(new_size), place, origin)
+
+
+def _merge_by_loops(
+    tokens: Tokens,
+    choice: Choice,
+    prefix: int,
+    weight: Tensor | None,
+    norm: str,
+    centroid: bool,
+) -> Tokens:
+    """As :func:`merge`."""
+    count = tokens.x.shape[1]
+    seats = on_cpu.seat(choice.order, choice.destination, tokens.size, weight, prefix, count)
+    place = tokens.place
+    if place is not None:
+        place = on_cpu.joined(place, seats, "free" if centroid else None)
+    x = on_cpu.joined(tokens.x, seats, norm)
+    return Tokens(x, seats.size, place, _origin(tokens, choice, prefix))
+
+
+def _origin(tokens: Tokens, choice: Choice, prefix: int) -> Tensor | None:
+    """Where the original tokens are after a merge."""
+    if tokens.origin is None:
+        return None
+    return follow(tokens.origin, _positions(choice, tokens.x.shape[1], prefix))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsm_tune.merging.backbone import Projections
 from dsm_tune.merging.matching import halves, unit
+from dsm_tune.merging.on_cpu import mean_over_heads, products
 from dsm_tune.plan import Matching
 
 __all__ = ["attention_to", "attention_to_values", "feature_of", "size_penalty", "worth_of"]
@@ -31,12 +32,11 @@ def feature_of(kind: str, x: Tensor, parts: Projections, *, level: bool = True) 
     if kind == "x":
         return x
     if kind in ("k", "q", "v"):
-        projection: Tensor = getattr(parts, kind)
-        return projection.mean(dim=1)
+        return mean_over_heads(getattr(parts, kind))
     if kind == "k_all":
         return parts.k.transpose(1, 2).flatten(2)
     if kind == "kv":
-        pair = parts.k.mean(dim=1), parts.v.mean(dim=1)
+        pair = mean_over_heads(parts.k), mean_over_heads(parts.v)
     else:
         pair = parts.k.transpose(1, 2).flatten(2), parts.v.transpose(1, 2).flatten(2)
     return torch.cat([unit(half) for half in pair] if level else pair, dim=2)
@@ -59,7 +59,7 @@ def attention_to(kind: str, parts: Projections, log_size: Tensor | None) -> Tens
 def _shares(kind: str, parts: Projections, log_size: Tensor | None) -> Tensor:
     """Attention of each head from the class token, or from all: [B, H, 1 or N, N] float32."""
     q = parts.q[:, :, :1] if kind == "class" else parts.q
-    logits = (q @ parts.k.transpose(-2, -1)).float() * parts.scale
+    logits = products(q, parts.k).float() * parts.scale
     if log_size is not None:
         logits = logits + log_size[:, None, None, :]
     return logits.softmax(dim=-1)
@@ -114,6 +114,5 @@ def worth_of(
 
 def size_penalty(size: Tensor, prefix: int, beta: float) -> Tensor:
     """``β log(s_a s_b / (s_a + s_b))`` for each pair of an even and an odd token: [B, a, b]."""
-    even, odd = halves(size, prefix)
-    even, odd = even.unsqueeze(2), odd.unsqueeze(1)
-    return beta * (even * odd / (even + odd)).log()
+    even, odd = halves(size.reciprocal(), prefix)
+    return (even.unsqueeze(2) + odd.unsqueeze(1)).log_().mul_(-beta)

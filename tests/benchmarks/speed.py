@@ -55,7 +55,7 @@ def slice_floor(model: Any, plan: MergePlan) -> Forward:
             elif plan.removed[index]:
                 x = backbone.attend(block, x, None)[0][:, : plan.tokens[index + 1]]
             else:
-                x = block(x)
+                x = backbone.run(block, x)
                 continue
             x = backbone.feed_forward(block, x)
         return model.forward_head(model.norm(x))  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import platform
 import statistics
@@ -34,7 +35,8 @@ DEVICE_REPEATS = 10  # calls between two waits for a device, so that launches ov
 def describe_device(device: torch.device, runtime: str = "eager") -> dict[str, Any]:
     """What decides how fast a device is: its name, driver or processor, libraries, and threads."""
     if runtime == "onnx":
-        return {**describe_device(device), "onnxruntime": importlib.metadata.version("onnxruntime")}
+        version: str = importlib.import_module("onnxruntime").__version__
+        return {**describe_device(device), "onnxruntime": version}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return {"name": name, "cuda": torch.version.cuda, "torch": torch.__version__}

@@ -7,12 +7,11 @@ gives the same bits twice.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 from torch import Tensor
 
-from dsm_tune.merging import on_cpu
+from dsm_tune.merging import compiled
 from dsm_tune.merging.matching import Choice, first_positions, halves
 
 __all__ = ["Tokens", "follow", "merge", "rows_at"]
@@ -68,7 +67,7 @@ def merge(
         N - r tokens: prefix, even tokens that stayed, odd tokens.
     """
     x, size = tokens.x, tokens.size
-    if on_cpu.loops_suit(x):
+    if compiled.suits(x):
         return _merge_by_loops(tokens, choice, prefix, weight, norm, centroid)
     if size is None:
         size = x.new_ones(x.shape[:2], dtype=torch.float32)
@@ -108,11 +107,11 @@ def _merge_by_loops(
 ) -> Tokens:
     """As :func:`merge`."""
     count = tokens.x.shape[1]
-    seats = on_cpu.seat(choice.order, choice.destination, tokens.size, weight, prefix, count)
+    seats = compiled.seat(choice.order, choice.destination, tokens.size, weight, prefix, count)
     place = tokens.place
     if place is not None:
-        place = on_cpu.joined(place, seats, "free" if centroid else None)
-    x = on_cpu.joined(tokens.x, seats, norm)
+        place = compiled.joined(place, seats, "free" if centroid else None)
+    x = compiled.joined(tokens.x, seats, norm)
     return Tokens(x, seats.size, place, _origin(tokens, choice, prefix))
 
 
@@ -132,14 +131,13 @@ class _Moves:
             that join one.
         target: [B r] of the B (N - r) rows that stay: whom they join.
         onto: [B, b, r] float32, 1 where a source joins an odd token: the sum as a product, which
-            gives the same bits twice on any device and can be exported. ``None`` in eager mode on
-            a CPU, where adding row by row does too, and is faster.
+            gives the same bits twice on any device and can be exported.
         batch, left: B and N - r.
     """
 
     order: Tensor
     target: Tensor
-    onto: Tensor | None
+    onto: Tensor
     batch: int
     left: int
 
@@ -154,9 +152,7 @@ class _Moves:
         return stays.index_select(0, self.target)
 
     def sum_into(self, stays: Tensor, change: Tensor) -> Tensor:
-        """Add float32 rows to those that they join, summed in float32; may use up ``stays``."""
-        if self.onto is None:
-            return stays.float().index_add_(0, self.target, change).to(stays.dtype)
+        """Add float32 rows to those that they join, summed in float32."""
         rows = stays.view(self.batch, self.left, -1)
         first = self.left - self.onto.shape[1]
         change = change.view(self.batch, self.onto.shape[2], rows.shape[2])
@@ -165,9 +161,6 @@ class _Moves:
 
     def largest(self, stays: Tensor, joins: Tensor) -> Tensor:
         """The largest of [B (N - r), 1] and the [B r, 1] that join it."""
-        if self.onto is None:
-            index = self.target.unsqueeze(1)
-            return stays.scatter_reduce(0, index, joins, "amax")
         rows = stays.view(self.batch, self.left)
         first = self.left - self.onto.shape[1]
         most = (self.onto * joins.view(self.batch, 1, -1)).amax(dim=2)
@@ -176,9 +169,6 @@ class _Moves:
 
     def alone(self) -> Tensor:
         """Which rows that stay are joined by none: [B (N - r)] bool."""
-        if self.onto is None:
-            one = torch.ones(self.batch * self.left, dtype=torch.bool)
-            return one.index_fill_(0, self.target, False)
         odd = self.onto.amax(dim=2) == 0
         front = odd.new_ones(self.batch, self.left - odd.shape[1])
         return torch.cat([front, odd], dim=1).flatten()
@@ -192,13 +182,6 @@ def _moves(choice: Choice, count: int, prefix: int) -> _Moves:
     """Lay out the moves of a choice among N tokens."""
     batch, r = choice.destination.shape
     left, device = count - r, choice.order.device
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if device.type == "cpu" and not is_traced:
-        seats = _seats(batch, count, r, prefix)
-        source = seats.even.gather(1, choice.source).view(-1)
-        target = seats.odd.gather(1, choice.destination).view(-1)
-        order = seats.rank.scatter(0, source, seats.late).sort()[1]
-        return _Moves(order, target, None, batch, left)
     even_at, odd_at = first_positions(prefix)
     at = torch.arange(count, device=device).expand(batch, count)
     odd = at[:, odd_at::2]
@@ -210,37 +193,6 @@ def _moves(choice: Choice, count: int, prefix: int) -> _Moves:
     target = choice.destination + (left - several) + image * left
     onto = choice.destination.unsqueeze(1) == at[:, :several].unsqueeze(2)
     return _Moves(order, target.flatten(), onto.float(), batch, left)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Seats:
-    """Constants of all merges of r of N tokens, on the CPU.
-
-    Attributes:
-        even: [B, a] row of each even token before the merge.
-        odd: [B, b] row of each odd token after it.
-        rank: [B N] where each row would go if none left; what leaves gets a ``late`` [B r] one.
-    """
-
-    even: Tensor
-    odd: Tensor
-    rank: Tensor
-    late: Tensor
-
-
-@functools.lru_cache(maxsize=1024)
-def _seats(batch: int, count: int, r: int, prefix: int) -> _Seats:
-    with torch.inference_mode(False):  # they outlive this forward
-        rows = torch.arange(batch * count).view(batch, count)
-        even = halves(rows, prefix)[0]
-        behind = prefix + even.shape[1]
-        rank = rows.clone()
-        halves(rank, prefix)[0].copy_(rows[:, prefix:behind])
-        halves(rank, prefix)[1].copy_(rows[:, behind:])
-        left = count - r
-        after = torch.arange(batch * left).view(batch, left)[:, behind - r :]
-        late = torch.arange(batch * count, batch * (count + r))
-        return _Seats(even.contiguous(), after.contiguous(), rank.flatten(), late)
 
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:

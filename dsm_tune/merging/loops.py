@@ -28,7 +28,7 @@ def _compiled(signature: str) -> Callable[[Callable[..., None]], Any]:
         jit = functools.partial(numba.njit, signature, nogil=True, fastmath=WIDE)
         try:
             return jit(cache=True)(function)
-        except RuntimeError:  # numba's, where neither folder can be written
+        except (OSError, RuntimeError):  # a full disk; numba's, where no folder can be written
             return jit()(function)
 
     return compile_one

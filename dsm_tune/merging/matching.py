@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from dsm_tune.merging import on_cpu
+from dsm_tune.merging import compiled
 
 __all__ = [
     "Choice",
@@ -118,8 +118,8 @@ def choose_edges(
         tiles: tile of each even [B, a] and each odd [B, b] token.
         equal_quota: with tiles, whether edges are taken in rounds, one from each tile per round.
     """
-    if on_cpu.loops_suit(scores):
-        return Choice(*on_cpu.choose(scores, r, bonus, tiles, equal_quota))
+    if compiled.suits(scores):
+        return Choice(*compiled.choose(scores, r, bonus, tiles, equal_quota))
     best, partner = scores.max(dim=-1)
     crosses = None
     if tiles is not None:

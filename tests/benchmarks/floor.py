@@ -1,9 +1,10 @@
 """What a forward would take if nothing were lost, and where its time goes.
 
-For dense, a plan, and the plan with merges that cost nothing, one table: multiply-adds at the rate
-of a large matrix product, bytes that operators read and write at the rate of a copy, operators at
-the time of the smallest one, each measured here; their sum, what the forward takes, and the share
-of the time that goes to each kind of operator. Needs torch and timm alone.
+For dense as it is, dense by the operators of merged models, a plan, and the plan with merges that
+cost nothing, one table: multiply-adds at the rate of a large matrix product, bytes that torch's own
+operators would read and write at the rate of a copy, calls at the time of the smallest one, each
+measured here; their sum, what the forward takes, and the share of the time that goes to each kind
+of call. Needs torch and timm alone.
 """
 
 from __future__ import annotations
@@ -14,40 +15,42 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import speed
 import timm
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsm_tune.measuring.memory import keep_freed_memory
+from dsm_tune.merging import compiled, on_cpu
 
 KINDS = {
-    "products": ("addmm", "bmm", "mm", "baddbmm", "convolution", "linear"),
+    "products": ("mkldnn", "addmm", "bmm", "mm", "baddbmm", "convolution", "linear"),
+    "loops": ("loops",),
     "attention": ("scaled_dot", "flash", "efficient"),
     "norm, gelu": ("native_layer_norm", "gelu"),
     "choosing": ("sort", "max", "topk", "gather", "scatter", "linalg_vector_norm", "clamp"),
     "moving": ("index", "copy", "cat", "clone", "select", "contiguous"),
     "arithmetic": ("add", "sub", "mul", "div", "mean", "sum", "log", "softmax", "pow", "exp"),
 }
+ROUNDS = 10
 
 
 class Counted(TorchDispatchMode):
-    """Counts the operators that compute, and the bytes that they read and write."""
+    """Counts the bytes that operators read and write."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operators = 0
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
-            self.operators += 1
             given = [*args, *(result if isinstance(result, tuple) else (result,))]
             self.bytes += sum(x.numel() * x.element_size() for x in given if isinstance(x, Tensor))
         return result
@@ -70,8 +73,9 @@ def seconds_of(
 
 def rates() -> tuple[float, float, float]:
     """Multiply-adds and bytes per second, and seconds of the smallest operator."""
-    a, b = torch.randn(2048, 1024), torch.randn(1024, 1024)
-    product = 2048 * 1024 * 1024 / seconds_of(lambda: a @ b, min)
+    a, b = torch.randn(1, 2048, 1024), torch.randn(1024, 1024)
+    with torch.inference_mode():
+        product = 2048 * 1024 * 1024 / seconds_of(lambda: on_cpu.product(a, b, None), min)
     large = torch.randn(1 << 24)
     into = torch.empty_like(large)
     copied = 2 * large.nbytes / seconds_of(lambda: into.copy_(large), min)
@@ -84,10 +88,25 @@ def rates() -> tuple[float, float, float]:
     return product, copied, seconds_of(many, min) / 1000
 
 
-def shares(call: Callable[[], object]) -> Counter[str]:
-    """Part of the time of a call that each kind of operator takes by itself."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        for _ in range(10):
+@contextmanager
+def seen_loops() -> Iterator[None]:
+    """Lets the profiler see the compiled loops."""
+    loops = compiled._loops()
+    names = ("choose", "seat", "join")
+    plain = {name: getattr(loops, name) for name in names}
+    for name, loop in plain.items():
+        setattr(loops, name, record_function(f"loops {name}")(loop))
+    try:
+        yield
+    finally:
+        for name, loop in plain.items():
+            setattr(loops, name, loop)
+
+
+def shares(call: Callable[[], object]) -> tuple[float, Counter[str]]:
+    """Calls of a forward, and the part of its time that each kind takes by itself."""
+    with seen_loops(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(ROUNDS):
             call()
     took: Counter[str] = Counter()
     for event in seen.key_averages():
@@ -95,7 +114,8 @@ def shares(call: Callable[[], object]) -> Counter[str]:
         known = (kind for kind, starts in KINDS.items() if name.startswith(starts))
         took[next(known, "other")] += event.self_cpu_time_total
     whole = sum(took.values())
-    return Counter({kind: part / whole for kind, part in took.items()})
+    calls = sum(event.cpu_parent is None for event in seen.events()) / ROUNDS
+    return calls, Counter({kind: part / whole for kind, part in took.items()})
 
 
 def main() -> int:
@@ -110,7 +130,8 @@ def main() -> int:
     keep_freed_memory()
     torch.manual_seed(0)
     model = timm.create_model(chosen.model).eval()
-    compared = speed.candidates(model, chosen.r, 1)
+    with torch.inference_mode():
+        compared = speed.candidates(model, chosen.r, 1, [])
     product, copied, least = rates()
     print(
         f"{product / 1e9:.0f} G multiply-adds/s, {copied / 1e9:.1f} GB/s, "
@@ -120,10 +141,10 @@ def main() -> int:
         for batch in (int(size) for size in chosen.batch_sizes.split(",")):
             x = torch.randn(batch, 3, *model.patch_embed.img_size)
             print(
-                f"\nbatch {batch}: ms{'':12}products   bytes  operators      sum  measured"
+                f"\nbatch {batch}: ms{'':12}products   bytes      calls      sum  measured"
                 f"   {'  '.join(KINDS)}  other"
             )
-            for name in ("dense", "ToMe", "ToMe floor"):
+            for name in ("dense", speed.QUICK, "ToMe", "ToMe floor"):
                 plan, run = compared[name]
 
                 def call(run: Any = run, x: Tensor = x) -> object:
@@ -131,12 +152,12 @@ def main() -> int:
 
                 with Counted() as counted:
                     call()
+                calls, found = shares(call)
                 parts = (
                     plan.gmacs * 1e9 * batch / product,
                     counted.bytes / copied,
-                    counted.operators * least,
+                    calls * least,
                 )
-                found = shares(call)
                 print(
                     f"{name:20}{parts[0] * 1e3:12.2f}{parts[1] * 1e3:8.2f}{parts[2] * 1e3:11.2f}"
                     f"{sum(parts) * 1e3:9.2f}{seconds_of(call) * 1e3:10.2f}   "

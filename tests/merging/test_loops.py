@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import hypothesis.strategies as st
@@ -11,7 +13,7 @@ from hypothesis import given
 from small_vits import images_for, plan_for, small_vit
 from torch import Tensor
 
-from dsm_tune.merging import on_cpu
+from dsm_tune.merging import compiled
 from dsm_tune.merging.joining import Tokens, merge
 from dsm_tune.merging.matching import Choice, choose_edges, halves
 from dsm_tune.merging.merged import merged
@@ -49,7 +51,7 @@ def test_the_same_edges_are_chosen(
     found = []
     for mode in (torch.enable_grad, torch.no_grad):
         with mode():
-            assert on_cpu.loops_suit(scores) == (mode is torch.no_grad)
+            assert compiled.suits(scores) == (mode is torch.no_grad)
             found.append(choose_edges(scores, r, bonus=bonus, tiles=tiles, equal_quota=equal))
     plain, loops = found
     assert torch.equal(loops.order, plain.order)
@@ -72,7 +74,7 @@ def test_the_same_tokens_come_of_a_merge(
     place = drawn(seed + 3, batch, count, 2, levels=9)
     origin = torch.arange(count).repeat(batch, 1)
     even, odd = halves(x, prefix)
-    r = data.draw(st.integers(0, even.shape[1]))
+    r = data.draw(st.integers(1, even.shape[1]))  # a step that removes nothing is none
     order = drawn(seed + 4, batch, even.shape[1]).argsort(dim=1)
     destination = drawn(seed + 5, batch, r, levels=odd.shape[1]).long()
     found = []
@@ -122,14 +124,14 @@ def test_without_numba_torch_s_operators_take_the_steps(monkeypatch: pytest.Monk
         with_loops = fast(images)
         monkeypatch.delitem(sys.modules, "dsm_tune.merging.loops")
         monkeypatch.setitem(sys.modules, "numba", None)
-        on_cpu._loops.cache_clear()
+        compiled._loops.cache_clear()
         try:
-            assert not on_cpu.loops_suit(images)
+            assert not compiled.suits(images)
             without = fast(images)
         finally:
             monkeypatch.undo()
-            on_cpu._loops.cache_clear()
-    assert on_cpu.loops_suit(images)
+            compiled._loops.cache_clear()
+    assert compiled.suits(images)
     torch.testing.assert_close(without, with_loops, atol=1e-4, rtol=1e-4)
 
 
@@ -139,3 +141,15 @@ def test_the_same_forward_twice_gives_the_same_bits() -> None:
     images = images_for(model)
     with merged(model, plan_for(model, (0, "merge", 30, 4), (2, "merge", 40, None))) as fast:
         assert torch.equal(fast(images), fast(images))
+
+
+def test_where_machine_code_cannot_be_kept_it_is_made_anew() -> None:
+    code = "from dsm_tune.merging import loops; print(loops.choose.stats.cache_path)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"},  # fits no plain file
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "None\n"

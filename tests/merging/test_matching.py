@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any
-from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
@@ -362,21 +360,3 @@ def test_of_equal_scores_the_token_with_the_higher_index_is_pruned() -> None:
     tokens = Tokens(torch.arange(5.0).view(1, 5, 1))
     result = prune(tokens, torch.ones(1, 4), 2, 1)
     assert result.x.flatten().tolist() == [0.0, 1.0, 2.0]
-
-
-@given(cases(), st.sampled_from(["free", "mean", "largest"]), st.booleans(), st.booleans())
-def test_summing_row_by_row_and_by_a_product_give_the_same_tokens(
-    case: Case, norm: str, weighed: bool, centroid: bool
-) -> None:
-    assume(case.r > 0)
-    choice = _choose(case.tokens, case.prefix, case.r)
-    weight = case.tokens.x[..., 0].exp() if weighed else None
-    options: dict[str, Any] = {"weight": weight, "norm": norm, "centroid": centroid}
-    by_row = merge(case.tokens, choice, case.prefix, **options)
-    with mock.patch("torch.compiler.is_compiling", return_value=True):
-        by_product = merge(case.tokens, choice, case.prefix, **options)
-    torch.testing.assert_close(by_row.x, by_product.x)
-    torch.testing.assert_close(by_row.place, by_product.place)
-    assert by_row.size is not None
-    assert by_product.size is not None
-    assert torch.equal(by_row.size, by_product.size)

@@ -1,11 +1,10 @@
-"""A step of a plan on a CPU, eager: two calls of compiled loops instead of forty operators.
+"""A merge on a CPU, eager: compiled loops instead of some forty operators.
 
-The loops are in :mod:`~dsm_tune.merging.loops`, which is imported when the first tokens merge.
+They are in :mod:`~dsm_tune.merging.loops`, which is imported when the first tokens merge.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 from typing import Any
@@ -15,10 +14,12 @@ import torch
 from torch import Tensor
 
 from dsm_tune.merging import on_cpu
+from dsm_tune.merging.joining import Tokens, follow, positions
+from dsm_tune.merging.matching import Choice
 
-__all__ = ["Seats", "choose", "joined", "seat", "suits"]
+__all__ = ["merge_best", "suits", "unit_mean"]
 
-NONE = np.empty((0, 0), np.float32)
+NONE, NO_PLACES = np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float32)
 
 
 @functools.cache
@@ -33,78 +34,72 @@ def _loops() -> Any:
 
 
 def suits(x: Tensor) -> bool:
-    """Whether what a step does to a tensor may be done by compiled loops."""
+    """Whether a merge of tokens [B, N, C] may be done by compiled loops."""
     return on_cpu.suits(x) and _loops() is not None
 
 
-def choose(
+def unit_mean(x: Tensor) -> Tensor:
+    """The mean over heads of [B, H, N, d] that :func:`suits`, each of unit length: [B, N, d]."""
+    batch, heads, count, width = x.shape
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    image, head, token, _ = x.stride()
+    memory = x.as_strided((x.untyped_storage().size() // x.itemsize,), (1,), 0).numpy()
+    unit = torch.empty(batch, count, width)
+    _loops().unit_mean(memory, x.storage_offset(), image, head, token, heads, unit.numpy())
+    return unit
+
+
+def merge_best(
+    tokens: Tokens,
     scores: Tensor,
     r: int,
-    bonus: Tensor | None,
-    tiles: tuple[Tensor, Tensor] | None,
-    equal_quota: bool,
-) -> tuple[Tensor, Tensor]:
-    """Order [B, a] and destination [B, r], as ``matching.choose_edges`` has them."""
-    batch, evens, _ = scores.shape
-    order, destination = np.empty((batch, evens), np.int64), np.empty((batch, r), np.int64)
-    even, odd = tiles or (None, None)
-    given = _array(bonus), _array(even), _array(odd)
-    _loops().choose(_array(scores), r, *given, equal_quota, order, destination)
-    return torch.from_numpy(order), torch.from_numpy(destination)
-
-
-@dataclasses.dataclass(frozen=True)
-class Seats:
-    """Where the tokens of a merge go; the rows of B images stand behind one another.
-
-    Attributes:
-        rows: [B (N - r)] of the B N rows: those that stay, in their new order.
-        size: [B, N - r] float32, original tokens in each.
-        moves: an array [B, r, 3]: the row that leaves, the one that it joins, and the one that
-            this is among those that stay.
-        share: an array [B, r]: the part of the merged token that each source has.
-    """
-
-    rows: Tensor
-    size: Tensor
-    moves: Any
-    share: Any
-
-
-def seat(
-    order: Tensor,
-    destination: Tensor,
-    size: Tensor | None,
-    weight: Tensor | None,
     prefix: int,
-    count: int,
-) -> Seats:
-    """Seat the N tokens after the merges of a choice."""
-    batch, r = destination.shape
-    left = (batch, count - r)
-    rows, new_size = np.empty(left, np.int64), np.empty(left, np.float32)
-    moves, share = np.empty((batch, r, 3), np.int64), np.empty((batch, r), np.float32)
-    given = order.numpy(), destination.numpy(), _array(size), _array(weight)
-    _loops().seat(*given, prefix, rows, new_size, moves, share)
-    return Seats(torch.from_numpy(rows).view(-1), torch.from_numpy(new_size), moves, share)
-
-
-def joined(values: Tensor, seats: Seats, norm: str | None = "free") -> Tensor:
-    """[B, N, C] of the tokens to [B, N - r, C] of what they became.
+    *,
+    bonus: Tensor | None = None,
+    tiles: tuple[Tensor, Tensor] | None = None,
+    equal_quota: bool = True,
+    weight: Tensor | None = None,
+    norm: str = "free",
+    centroid: bool = False,
+) -> Tokens:
+    """What ``choose_edges`` and then ``merge`` give, of the same arguments.
 
     Args:
-        values: float32.
-        seats: of the merge.
-        norm: as of ``joining.merge``; ``None``: the tokens that stay have what they had.
+        tokens: that :func:`suits`.
+        scores: as of :func:`~dsm_tune.merging.matching.choose_edges`, like ``r``, ``bonus``,
+            ``tiles`` and ``equal_quota``.
+        r: edges that merge.
+        prefix: as of :func:`~dsm_tune.merging.joining.merge`, like ``weight``, ``norm`` and
+            ``centroid``.
+        bonus: [B, a] or ``None``.
+        tiles: [B, a] and [B, b], or ``None``.
+        equal_quota: with tiles, whether edges are taken in rounds.
+        weight: [B, N] or ``None``.
+        norm: ``free``, ``mean`` or ``largest``.
+        centroid: whether a merged token stands at the weighted mean of the places.
     """
-    rows = values.flatten(0, 1)
-    stay = rows.index_select(0, seats.rows)
-    if norm is not None:
-        kind = _loops().NORMS[norm]
-        _loops().join(_array(rows), seats.moves, seats.share, kind, stay.numpy())
-    return stay.view(*seats.size.shape, -1)
+    (batch, count, width), evens = tokens.x.shape, scores.shape[1]
+    left = batch, count - r
+    # By torch, whose memory is aligned for wide registers.
+    x, size = torch.empty(*left, width), torch.empty(left)
+    place = None if tokens.place is None else torch.empty(*left, 2)
+    order, destination = np.empty((batch, evens), np.int64), np.empty((batch, r), np.int64)
+    even_tiles, odd_tiles = tiles or (None, None)
+    loops = _loops()
+    loops.step(
+        _array(scores), _array(bonus), _array(even_tiles), _array(odd_tiles), equal_quota,
+        prefix, loops.NORMS[norm], centroid,
+        _array(tokens.x), _array(tokens.size), _array(tokens.place, NO_PLACES), _array(weight),
+        x.numpy(), size.numpy(), _array(place, NO_PLACES), order, destination,
+    )  # fmt: skip
+    origin = tokens.origin
+    if origin is not None:
+        choice = Choice(torch.from_numpy(order), torch.from_numpy(destination))
+        origin = follow(origin, positions(choice, count, prefix))
+    return Tokens(x, size, place, origin)
 
 
-def _array(x: Tensor | None) -> Any:
-    """A tensor as the loops take it."""
-    return NONE if x is None else x.contiguous().numpy()
+def _array(x: Tensor | None, none: Any = NONE) -> Any:
+    """A tensor as the loop takes it."""
+    return none if x is None else x.contiguous().numpy()

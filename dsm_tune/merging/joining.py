@@ -11,10 +11,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from dsm_tune.merging import compiled
 from dsm_tune.merging.matching import Choice, first_positions, halves
 
-__all__ = ["Tokens", "follow", "merge", "rows_at"]
+__all__ = ["Tokens", "follow", "merge", "positions", "rows_at"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +66,6 @@ def merge(
         N - r tokens: prefix, even tokens that stayed, odd tokens.
     """
     x, size = tokens.x, tokens.size
-    if compiled.suits(x):
-        return _merge_by_loops(tokens, choice, prefix, weight, norm, centroid)
     if size is None:
         size = x.new_ones(x.shape[:2], dtype=torch.float32)
     moves = _moves(choice, x.shape[1], prefix)
@@ -93,33 +90,10 @@ def merge(
     if place is not None:
         parts = moves.part(place)
         place = moves.by_image(mean(*parts) if centroid else parts[0])
-    origin = _origin(tokens, choice, prefix)
+    origin = tokens.origin
+    if origin is not None:
+        origin = follow(origin, positions(choice, x.shape[1], prefix))
     return Tokens(moves.by_image(merged), moves.by_image(new_size), place, origin)
-
-
-def _merge_by_loops(
-    tokens: Tokens,
-    choice: Choice,
-    prefix: int,
-    weight: Tensor | None,
-    norm: str,
-    centroid: bool,
-) -> Tokens:
-    """As :func:`merge`."""
-    count = tokens.x.shape[1]
-    seats = compiled.seat(choice.order, choice.destination, tokens.size, weight, prefix, count)
-    place = tokens.place
-    if place is not None:
-        place = compiled.joined(place, seats, "free" if centroid else None)
-    x = compiled.joined(tokens.x, seats, norm)
-    return Tokens(x, seats.size, place, _origin(tokens, choice, prefix))
-
-
-def _origin(tokens: Tokens, choice: Choice, prefix: int) -> Tensor | None:
-    """Where the original tokens are after a merge."""
-    if tokens.origin is None:
-        return None
-    return follow(tokens.origin, _positions(choice, tokens.x.shape[1], prefix))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +179,7 @@ def rows_at(x: Tensor, index: Tensor) -> Tensor:
     return rows.view(batch, wanted, width)
 
 
-def _positions(choice: Choice, count: int, prefix: int) -> Tensor:
+def positions(choice: Choice, count: int, prefix: int) -> Tensor:
     """New position of each of the N tokens after a merge: [B, N]."""
     kept, source = choice.kept, choice.source
     position = torch.arange(count, device=kept.device).repeat(kept.shape[0], 1)

@@ -1,9 +1,10 @@
-"""Matching and merging on a CPU as compiled loops: what some forty operators do, in two calls.
+"""Matching and merging on a CPU as compiled loops over images.
 
-Each loop does exactly what the tensor functions of :mod:`~dsm_tune.merging.matching` and
-:mod:`~dsm_tune.merging.joining` do, which are its oracle in the tests; sums may differ by
-rounding. An array of no elements stands for ``None``. numba keeps the machine code beside this
-file, or in the user's cache folder, so that it is made once per machine.
+They do exactly what the tensor functions do that they name, which are their oracle in the tests;
+sums may differ by rounding. An array of no elements stands for ``None``. numba keeps the machine
+code beside this file, or in the user's cache folder, so that it is made once per machine.
+
+Letters in shapes are those of :mod:`~dsm_tune.merging.matching`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = ["choose", "join", "seat"]
+__all__ = ["NORMS", "step", "unit_mean"]
 
 NORMS = {"free": 0, "mean": 1, "largest": 2}
 WIDE = {"contract", "reassoc", "nsz"}  # what lets sums use wide registers
+part = numba.njit(nogil=True, fastmath=WIDE)  # of the loop; compiled with it
 
 
 def _compiled(signature: str) -> Callable[[Callable[..., None]], Any]:
@@ -35,183 +37,233 @@ def _compiled(signature: str) -> Callable[[Callable[..., None]], Any]:
 
 
 @numba.njit(nogil=True, fastmath={*WIDE, "nnan"})
-def _largest(pairs: Any, image: Any, a: Any) -> Any:
-    """The largest of a row, and the first place where it stands."""
-    best, odds = pairs[image, a, 0], pairs.shape[2]
+def _largest(row: Any) -> Any:
+    """The largest of [b], and the first place where it stands."""
+    best, odds = row[0], row.shape[0]
     for b in range(1, odds):
-        best = max(best, pairs[image, a, b])
+        best = max(best, row[b])
     at = odds
     for b in range(odds):
-        at = min(at, b if pairs[image, a, b] == best else odds)
+        at = min(at, b if row[b] == best else odds)
     return best, min(at, odds - 1)  # of numbers that are none, too
 
 
-@numba.njit(nogil=True)
-def _largest_inside(pairs: Any, image: Any, a: Any, even_tiles: Any, odd_tiles: Any) -> Any:
-    """The largest of a row within the tile, and the first place where it stands, or -1."""
+@part
+def _largest_inside(row: Any, tile: Any, tiles: Any) -> Any:
+    """The largest of [b] within a tile, and the first place where it stands, or -1."""
     best, at = np.float32(0.0), -1
-    for b in range(pairs.shape[2]):
-        same = even_tiles[image, a] == odd_tiles[image, b]
-        if same and (at < 0 or pairs[image, a, b] > best):
-            best, at = pairs[image, a, b], b
+    for b in range(row.shape[0]):
+        if tiles[b] == tile and (at < 0 or row[b] > best):
+            best, at = row[b], b
     return best, at
 
 
-@_compiled("(f4[:,:,::1], i8, f4[:,::1], f4[:,::1], f4[:,::1], b1, i8[:,::1], i8[:,::1])")
-def choose(
+@part
+def _choose(
+    pairs: Any, bonus: Any, even_tiles: Any, odd_tiles: Any, equal_quota: Any, partner: Any
+) -> Any:
+    """Rank the even tokens of an image, [a], by their best edges; fill in their partners, [a]."""
+    evens = pairs.shape[0]
+    worst = np.empty(evens, np.float32)  # the score, negated: a stable sort is ascending
+    crosses = np.zeros(evens, np.bool_)
+    for a in range(evens):
+        best, at = np.float32(0.0), -1
+        if even_tiles.shape[0]:
+            best, at = _largest_inside(pairs[a], even_tiles[a], odd_tiles)
+            crosses[a] = at < 0
+        if at < 0:
+            best, at = _largest(pairs[a])
+        partner[a] = at
+        worst[a] = -(best + bonus[a]) if bonus.shape[0] else -best
+    ranked = np.argsort(worst, kind="mergesort")
+    if not even_tiles.shape[0]:
+        return ranked
+    turn = np.zeros(evens, np.int64)  # the round in which each edge is taken
+    for i in range(evens):
+        a = ranked[i]
+        if crosses[a]:
+            turn[i] = evens
+        elif equal_quota:
+            for j in range(i):
+                other = ranked[j]
+                turn[i] += even_tiles[other] == even_tiles[a] and not crosses[other]
+    return ranked[np.argsort(turn, kind="mergesort")]
+
+
+@part
+def _seat(order: Any, r: Any, prefix: Any, rows: Any) -> Any:
+    """Fill in the rows of those that stay, [N - r], in their new order; returns the first odd."""
+    evens, left = order.shape[0], rows.shape[0]
+    stays = np.ones(evens, np.bool_)
+    for i in range(r):
+        stays[order[i]] = False
+    at = 0
+    for token in range(prefix):
+        rows[at] = token
+        at += 1
+    for a in range(evens):
+        if stays[a]:
+            rows[at] = prefix + prefix % 2 + 2 * a
+            at += 1
+    first = at
+    for token in range(prefix + 1 - prefix % 2, left + r, 2):
+        rows[at] = token
+        at += 1
+    return first
+
+
+@part
+def _length(row: Any) -> Any:
+    total = np.float32(0.0)
+    for c in range(row.shape[0]):
+        total += row[c] * row[c]
+    return np.sqrt(total)
+
+
+@part
+def _join(x: Any, rows: Any, source: Any, target: Any, share: Any, norm: Any, merged: Any) -> None:
+    """Fill in what [N, C] becomes, [N - r, C]: those that stay, with shares of those that join.
+
+    ``source`` and ``target`` are [r]: the row of x that leaves, the one of ``merged`` it joins.
+    """
+    r, channels = source.shape[0], x.shape[1]
+    for i in range(rows.shape[0]):
+        into, one = merged[i], x[rows[i]]
+        for c in range(channels):
+            into[c] = one[c]
+    for i in range(r):
+        into, one, own = merged[target[i]], x[source[i]], x[rows[target[i]]]
+        for c in range(channels):
+            into[c] += share[i] * (one[c] - own[c])
+    for i in range(r if norm else 0):
+        is_first = True
+        for j in range(i):
+            is_first = is_first and target[j] != target[i]
+        if not is_first:
+            continue
+        length = _length(x[rows[target[i]]])
+        wanted = length
+        for j in range(i, r):
+            if target[j] == target[i]:
+                other = _length(x[source[j]])
+                wanted = max(wanted, other) if norm == 2 else wanted + share[j] * (other - length)
+        into = merged[target[i]]
+        scale = wanted / max(_length(into), np.float32(1e-6))
+        for c in range(channels):
+            into[c] *= scale
+
+
+@_compiled("(f4[::1], i8, i8, i8, i8, i8, f4[:,:,::1])")
+def unit_mean(
+    memory: Any, start: Any, image: Any, head: Any, token: Any, heads: Any, unit: Any
+) -> None:
+    """As ``matching.unit`` of ``on_cpu.mean_over_heads`` of [B, H, N, d].
+
+    Args:
+        memory: that holds the numbers.
+        start: of the first one in it.
+        image: from there to the next image; those of a row of d stand side by side.
+        head: to the next head.
+        token: to the next token.
+        heads: H.
+        unit: [B, N, d], filled in.
+    """
+    width = unit.shape[2]
+    for i in range(unit.shape[0]):
+        for n in range(unit.shape[1]):
+            row, at = unit[i, n], start + i * image + n * token
+            row[:] = 0.0
+            for h in range(heads):
+                one = memory[at + h * head : at + h * head + width]
+                for c in range(width):
+                    row[c] += one[c]
+            share = np.float32(1.0 / heads)
+            for c in range(width):
+                row[c] *= share
+            scale = np.float32(1.0) / max(_length(row), np.float32(1e-6))
+            for c in range(width):
+                row[c] *= scale
+
+
+@_compiled(
+    "(f4[:,:,::1], f4[:,::1], f4[:,::1], f4[:,::1], b1, i8, i8, b1,"
+    " f4[:,:,::1], f4[:,::1], f4[:,:,::1], f4[:,::1],"
+    " f4[:,:,::1], f4[:,::1], f4[:,:,::1], i8[:,::1], i8[:,::1])"
+)
+def step(
     pairs: Any,
-    r: Any,
     bonus: Any,
     even_tiles: Any,
     odd_tiles: Any,
     equal_quota: Any,
+    prefix: Any,
+    norm: Any,
+    centroid: Any,
+    x: Any,
+    size: Any,
+    place: Any,
+    weight: Any,
+    merged: Any,
+    new_size: Any,
+    new_place: Any,
     order: Any,
     destination: Any,
 ) -> None:
-    """As :func:`~dsm_tune.merging.matching.choose_edges`; fills in what a ``Choice`` holds."""
-    batch, evens, _ = pairs.shape
-    worst = np.empty(evens, np.float32)  # the score, negated: a stable sort is ascending
-    partner, turn = np.empty(evens, np.int64), np.empty(evens, np.int64)
-    crosses = np.zeros(evens, np.bool_)
+    """As ``matching.choose_edges``, and then ``joining.merge``.
+
+    Args:
+        pairs: [B, a, b], the score of each edge.
+        bonus: [B, a] or none, added to the score of each even token's edge.
+        even_tiles: [B, a] or none, the tile of each even token, and
+        odd_tiles: [B, b] or none, of each odd one.
+        equal_quota: whether edges are taken in rounds, one from each tile per round.
+        prefix: p.
+        norm: of :data:`NORMS`.
+        centroid: whether a merged token stands at the weighted mean of the places.
+        x: [B, N, C].
+        size: [B, N], or none: all 1.
+        place: [B, N, 2] or none.
+        weight: [B, N] or none, multiplied with the sizes for the weights of the mean.
+        merged: [B, N - r, C], filled in.
+        new_size: [B, N - r], filled in.
+        new_place: [B, N - r, 2], filled in if there are places.
+        order: [B, a], filled in: even tokens, the r that merge first, by rank.
+        destination: [B, r], filled in: the odd tokens that they join.
+    """
+    (batch, evens), r, left = order.shape, destination.shape[1], new_size.shape[1]
+    partner, rows = np.empty(evens, np.int64), np.empty(left, np.int64)
+    source, target = np.empty(r, np.int64), np.empty(r, np.int64)
+    share, total = np.empty(r, np.float32), np.empty(left, np.float32)
+    one, none = np.float32(1.0), np.empty(0, np.float32)
     for image in range(batch):
-        for a in range(evens):
-            best, at = np.float32(0.0), -1
-            if even_tiles.shape[0]:
-                best, at = _largest_inside(pairs, image, a, even_tiles, odd_tiles)
-                crosses[a] = at < 0
-            if at < 0:
-                best, at = _largest(pairs, image, a)
-            partner[a] = at
-            worst[a] = -(best + bonus[image, a]) if bonus.shape[0] else -best
-        ranked = np.argsort(worst, kind="mergesort")
-        if even_tiles.shape[0]:
-            for i in range(evens):
-                a, turn[i] = ranked[i], 0
-                if crosses[a]:
-                    turn[i] = evens
-                elif equal_quota:
-                    for j in range(i):
-                        other = ranked[j]
-                        same = even_tiles[image, other] == even_tiles[image, a]
-                        turn[i] += same and not crosses[other]
-            ranked = ranked[np.argsort(turn, kind="mergesort")]
+        ranked = _choose(
+            pairs[image],
+            bonus[image] if bonus.shape[0] else none,
+            even_tiles[image] if even_tiles.shape[0] else none,
+            odd_tiles[image] if odd_tiles.shape[0] else none,
+            equal_quota,
+            partner,
+        )
+        first = _seat(ranked, r, prefix, rows)
         for i in range(evens):
             order[image, i] = ranked[i]
-        for i in range(r):
-            destination[image, i] = partner[order[image, i]]
-
-
-@numba.njit(nogil=True, fastmath=WIDE)
-def _length(x: Any, row: Any) -> Any:
-    total = np.float32(0.0)
-    for c in range(x.shape[1]):
-        total += x[row, c] * x[row, c]
-    return np.sqrt(total)
-
-
-@_compiled(
-    "(i8[:,::1], i8[:,::1], f4[:,::1], f4[:,::1], i8, i8[:,::1], f4[:,::1], i8[:,:,::1], f4[:,::1])"
-)
-def seat(
-    order: Any,
-    destination: Any,
-    size: Any,
-    weight: Any,
-    prefix: Any,
-    rows: Any,
-    new_size: Any,
-    moves: Any,
-    share: Any,
-) -> None:
-    """Where the tokens of a merge go, and what part of a merged token each source has.
-
-    Args:
-        order: [B, a] and
-        destination: [B, r], of a choice.
-        size: [B, N], or none: all 1.
-        weight: [B, N] or none, multiplied with the sizes for the shares.
-        prefix: p.
-        rows: [B, N - r], filled with the rows of [B N, …] that stay.
-        new_size: [B, N - r], filled.
-        moves: [B, r, 3], filled with the row that leaves, the one it joins, and the one that this
-            is among those that stay.
-        share: [B, r], filled.
-    """
-    (batch, evens), r, left = order.shape, destination.shape[1], rows.shape[1]
-    count = left + r
-    even_at, odd_at = prefix + prefix % 2, prefix + 1 - prefix % 2
-    stays = np.empty(evens, np.bool_)
-    total = np.empty(left, np.float32)
-    for image in range(batch):
-        stays[:] = True
-        for i in range(r):
-            stays[order[image, i]] = False
-        at, first = 0, image * count
-        for token in range(prefix):
-            rows[image, at] = token
-            at += 1
-        for a in range(evens):
-            if stays[a]:
-                rows[image, at] = even_at + 2 * a
-                at += 1
-        odds = at
-        for token in range(odd_at, count, 2):
-            rows[image, at] = token
-            at += 1
         for i in range(left):
-            token = rows[image, i]
-            new_size[image, i] = size[image, token] if size.shape[0] else 1.0
-            total[i] = new_size[image, i] * (weight[image, token] if weight.shape[0] else 1.0)
-            rows[image, i] = first + token
+            new_size[image, i] = size[image, rows[i]] if size.shape[0] else one
+            total[i] = new_size[image, i] * (weight[image, rows[i]] if weight.shape[0] else one)
         for i in range(r):
-            source, target = even_at + 2 * order[image, i], odds + destination[image, i]
-            own = size[image, source] if size.shape[0] else np.float32(1.0)
-            new_size[image, target] += own
-            share[image, i] = own * (weight[image, source] if weight.shape[0] else 1.0)
-            total[target] += share[image, i]
-            moves[image, i, 0] = first + source
-            moves[image, i, 1] = rows[image, target]
-            moves[image, i, 2] = image * left + target
+            destination[image, i] = partner[ranked[i]]
+            source[i] = prefix + prefix % 2 + 2 * ranked[i]
+            target[i] = first + partner[ranked[i]]
+            own = size[image, source[i]] if size.shape[0] else one
+            share[i] = own * (weight[image, source[i]] if weight.shape[0] else one)
+            new_size[image, target[i]] += own
+            total[target[i]] += share[i]
         for i in range(r):
-            share[image, i] /= total[moves[image, i, 2] - image * left]
-
-
-@_compiled("(f4[:,::1], i8[:,:,::1], f4[:,::1], i8, f4[:,::1])")
-def join(x: Any, moves: Any, share: Any, norm: Any, merged: Any) -> None:
-    """Add to each token that stays its shares of those that join it.
-
-    Args:
-        x: [B N, C].
-        moves: [B, r, 3] and
-        share: [B, r], of :func:`seat`.
-        norm: of :data:`NORMS`.
-        merged: [B (N - r), C], the rows that stay; changed in place.
-    """
-    (batch, r), channels = share.shape, x.shape[1]
-    wanted = np.empty(r, np.float32)
-    for image in range(batch):
-        if norm:
-            for i in range(r):
-                target = moves[image, i, 2]
-                own = _length(x, moves[image, i, 1])
-                wanted[i] = own
-                for j in range(r):
-                    if moves[image, j, 2] == target:
-                        other = _length(x, moves[image, j, 0])
-                        if norm == 2:
-                            wanted[i] = max(wanted[i], other)
-                        else:
-                            wanted[i] += share[image, j] * (other - own)
-        for i in range(r):
-            source, old, new = moves[image, i, 0], moves[image, i, 1], moves[image, i, 2]
-            for c in range(channels):
-                merged[new, c] += share[image, i] * (x[source, c] - x[old, c])
-        if norm:
-            for i in range(r):
-                new, is_first = moves[image, i, 2], True
-                for j in range(i):
-                    is_first = is_first and moves[image, j, 2] != new
-                if is_first:
-                    scale = wanted[i] / max(_length(merged, new), np.float32(1e-6))
-                    for c in range(channels):
-                        merged[new, c] *= scale
+            share[i] /= total[target[i]]
+        _join(x[image], rows, source, target, share, norm, merged[image])
+        if place.shape[0] and centroid:
+            _join(place[image], rows, source, target, share, 0, new_place[image])
+        elif place.shape[0]:
+            for i in range(left):
+                for c in range(2):
+                    new_place[image, i, c] = place[image, rows[i], c]

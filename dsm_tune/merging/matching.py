@@ -12,13 +12,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from dsm_tune.merging import compiled
-
 __all__ = [
     "Choice",
     "choose_edges",
     "first_positions",
     "halves",
+    "products",
     "similarity",
     "tile",
     "unit",
@@ -73,7 +72,12 @@ def similarity(feature: Tensor, prefix: int) -> Tensor:
     Returns:
         [B, a, b] float32.
     """
-    even, odd = halves(unit(feature), prefix)
+    return products(unit(feature), prefix)
+
+
+def products(feature: Tensor, prefix: int) -> Tensor:
+    """Inner product of every even patch token with every odd one: [B, a, b] float32."""
+    even, odd = halves(feature, prefix)
     return torch.bmm(even, odd.transpose(1, 2)).float()
 
 
@@ -81,7 +85,7 @@ def unit(feature: Tensor) -> Tensor:
     """Scale the rows of [B, N, F] to length 1; zero rows stay."""
     exact = feature.float()
     length: Tensor = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-    return (exact / length.clamp_min(1e-6)).to(feature.dtype)
+    return (exact / length.clamp_min_(1e-6)).to(feature.dtype)
 
 
 def tile(place: Tensor, window: int) -> Tensor:
@@ -118,8 +122,6 @@ def choose_edges(
         tiles: tile of each even [B, a] and each odd [B, b] token.
         equal_quota: with tiles, whether edges are taken in rounds, one from each tile per round.
     """
-    if compiled.suits(scores):
-        return Choice(*compiled.choose(scores, r, bonus, tiles, equal_quota))
     best, partner = scores.max(dim=-1)
     crosses = None
     if tiles is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.errors import ModelError, PlanError
-from dsm_tune.merging import backbone, dropping, joining, matching, scores
+from dsm_tune.merging import backbone, compiled, dropping, joining, matching, scores
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.plan import MergePlan, Step
 
@@ -105,7 +105,7 @@ class MergedBlocks(nn.Sequential):
             received = None
             if options.needs_attention:
                 received = scores.attention_to(options.attention, parts, log_size)
-            return self._merge(tokens, step, self._feature(tokens, step, parts), received)
+            return self._merge(tokens, step, self._similarity(tokens, step, parts), received)
         worth = scores.worth_of(
             options, parts, log_size, prefix, lambda: self._feature(tokens, step, parts)
         )
@@ -121,11 +121,14 @@ class MergedBlocks(nn.Sequential):
         numbers: Tensor = getattr(self, _random_name(step))
         return numbers.to(tokens.x.dtype).expand(tokens.x.shape[0], -1, -1)
 
-    def _merge(
-        self, tokens: Tokens, step: Step, feature: Tensor, received: Tensor | None
-    ) -> Tokens:
+    def _similarity(self, tokens: Tokens, step: Step, parts: backbone.Projections) -> Tensor:
+        kind, prefix = self.plan.matching.feature, self.plan.geometry.prefix
+        if kind in ("k", "q", "v") and compiled.suits(tokens.x):
+            return matching.products(compiled.unit_mean(getattr(parts, kind)), prefix)
+        return matching.similarity(self._feature(tokens, step, parts), prefix)
+
+    def _merge(self, tokens: Tokens, step: Step, pairs: Tensor, received: Tensor | None) -> Tokens:
         options, prefix = self.plan.matching, self.plan.geometry.prefix
-        pairs = matching.similarity(feature, prefix)
         if options.size_penalty and tokens.size is not None:
             pairs = pairs - scores.size_penalty(tokens.size, prefix, options.size_penalty)
         bonus = weight = None
@@ -138,18 +141,18 @@ class MergedBlocks(nn.Sequential):
         if step.window and tokens.place is not None:
             even, odd = matching.halves(tokens.place, prefix)
             tiles = matching.tile(even, step.window), matching.tile(odd, step.window)
-        choice = matching.choose_edges(
-            pairs, step.r, bonus=bonus, tiles=tiles, equal_quota=options.quota == "equal"
-        )
-        result = joining.merge(
-            tokens,
-            choice,
-            prefix,
-            weight=weight,
-            norm=options.norm,
-            centroid=options.position == "centroid",
-        )
-        return result if step.block < self.last_local else dataclasses.replace(result, place=None)
+        chosen_by: dict[str, Any] = {"bonus": bonus, "tiles": tiles}
+        chosen_by["equal_quota"] = options.quota == "equal"
+        joined_by: dict[str, Any] = {"weight": weight, "norm": options.norm}
+        joined_by["centroid"] = options.position == "centroid"
+        if compiled.suits(tokens.x):
+            result = compiled.merge_best(tokens, pairs, step.r, prefix, **chosen_by, **joined_by)
+        else:
+            choice = matching.choose_edges(pairs, step.r, **chosen_by)
+            result = joining.merge(tokens, choice, prefix, **joined_by)
+        if result.place is None or step.block < self.last_local:
+            return result
+        return dataclasses.replace(result, place=None)
 
     def _places(self, x: Tensor) -> Tensor:
         """Row and column of every token before the first one leaves: [B, N, 2]; prefix: 0, 0."""

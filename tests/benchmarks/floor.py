@@ -92,7 +92,7 @@ def rates() -> tuple[float, float, float]:
 def seen_loops() -> Iterator[None]:
     """Lets the profiler see the compiled loops."""
     loops = compiled._loops()
-    names = ("choose", "seat", "join")
+    names = ("unit_mean", "step")
     plain = {name: getattr(loops, name) for name in names}
     for name, loop in plain.items():
         setattr(loops, name, record_function(f"loops {name}")(loop))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from dsm_tune.merging import compiled
 from dsm_tune.merging.joining import Tokens, merge
-from dsm_tune.merging.matching import Choice, choose_edges, halves
+from dsm_tune.merging.matching import choose_edges, halves, unit
 from dsm_tune.merging.merged import merged
 
 pytest.importorskip("numba", reason="without numba, torch's operators take the steps")
@@ -30,89 +31,89 @@ def drawn(seed: int, *shape: int, levels: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
+@torch.no_grad()
 @given(
-    seed=seeds, batch=st.integers(1, 3), evens=st.integers(1, 40), odds=st.integers(1, 40),
-    levels=st.sampled_from([0, 1, 3]), has_bonus=st.booleans(),
-    kinds=st.sampled_from([0, 1, 4]), equal=st.booleans(), data=st.data(),
+    seed=seeds, batch=st.integers(1, 3), prefix=st.integers(0, 4), patches=st.integers(2, 60),
+    levels=st.sampled_from([0, 1, 3]), kinds=st.sampled_from([0, 1, 4]),
+    flags=st.tuples(*[st.booleans()] * 6),
+    norm=st.sampled_from(["free", "mean", "largest"]), data=st.data(),
 )  # fmt: skip
-def test_the_same_edges_are_chosen(
-    seed: int, batch: int, evens: int, odds: int, levels: int, has_bonus: bool,
-    kinds: int, equal: bool, data: st.DataObject,
+def test_the_same_edges_merge_into_the_same_tokens(
+    seed: int, batch: int, prefix: int, patches: int, levels: int, kinds: int,
+    flags: tuple[bool, ...], norm: str, data: st.DataObject,
 ) -> None:  # fmt: skip
-    r = data.draw(st.integers(0, evens))
-    scores = drawn(seed, batch, evens, odds, levels=levels)
-    bonus = drawn(seed + 1, batch, evens, levels=levels) if has_bonus else None
+    has_bonus, equal, sized, weighed, centroid, placed = flags
+    count = prefix + patches
+    x = drawn(seed, batch, count, 5)
+    tokens = Tokens(
+        x,
+        1 + drawn(seed + 1, batch, count, levels=4) if sized else None,
+        drawn(seed + 2, batch, count, 2, levels=9) if placed else None,
+        torch.arange(count).repeat(batch, 1),
+    )
+    evens, odds = (half.shape[1] for half in halves(x, prefix))
+    r = data.draw(st.integers(1, evens))  # a step that removes nothing is none
+    scores = drawn(seed + 3, batch, evens, odds, levels=levels)
+    weight = drawn(seed + 4, batch, count).abs() + 0.1 if weighed else None
     tiles = None
     if kinds:
         tiles = (
-            drawn(seed + 2, batch, evens, levels=kinds),
-            drawn(seed + 3, batch, odds, levels=kinds),
+            drawn(seed + 5, batch, evens, levels=kinds),
+            drawn(seed + 6, batch, odds, levels=kinds),
         )
-    found = []
-    for mode in (torch.enable_grad, torch.no_grad):
-        with mode():
-            assert compiled.suits(scores) == (mode is torch.no_grad)
-            found.append(choose_edges(scores, r, bonus=bonus, tiles=tiles, equal_quota=equal))
-    plain, loops = found
-    assert torch.equal(loops.order, plain.order)
-    assert torch.equal(loops.destination, plain.destination)
+    bonus = drawn(seed + 7, batch, evens, levels=levels) if has_bonus else None
+    chosen_by: dict[str, Any] = {"bonus": bonus, "tiles": tiles, "equal_quota": equal}
+    joined_by: dict[str, Any] = {"weight": weight, "norm": norm, "centroid": centroid}
 
+    plain = merge(tokens, choose_edges(scores, r, **chosen_by), prefix, **joined_by)
+    assert compiled.suits(x)
+    loops = compiled.merge_best(tokens, scores, r, prefix, **chosen_by, **joined_by)
 
-@given(
-    seed=seeds, batch=st.integers(1, 3), prefix=st.integers(0, 4), patches=st.integers(2, 60),
-    sized=st.booleans(), weighed=st.booleans(), norm=st.sampled_from(["free", "mean", "largest"]),
-    centroid=st.booleans(), data=st.data(),
-)  # fmt: skip
-def test_the_same_tokens_come_of_a_merge(
-    seed: int, batch: int, prefix: int, patches: int, sized: bool, weighed: bool, norm: str,
-    centroid: bool, data: st.DataObject,
-) -> None:  # fmt: skip
-    count = prefix + patches
-    x = drawn(seed, batch, count, 5)
-    size = 1 + drawn(seed + 1, batch, count, levels=4) if sized else None
-    weight = drawn(seed + 2, batch, count).abs() + 0.1 if weighed else None
-    place = drawn(seed + 3, batch, count, 2, levels=9)
-    origin = torch.arange(count).repeat(batch, 1)
-    even, odd = halves(x, prefix)
-    r = data.draw(st.integers(1, even.shape[1]))  # a step that removes nothing is none
-    order = drawn(seed + 4, batch, even.shape[1]).argsort(dim=1)
-    destination = drawn(seed + 5, batch, r, levels=odd.shape[1]).long()
-    found = []
-    for mode in (torch.enable_grad, torch.no_grad):
-        with mode():
-            found.append(
-                merge(
-                    Tokens(x, size, place, origin),
-                    Choice(order, destination),
-                    prefix,
-                    weight=weight,
-                    norm=norm,
-                    centroid=centroid,
-                )
-            )
-    plain, loops = found
-    torch.testing.assert_close(loops.x, plain.x, atol=1e-5, rtol=1e-5)
+    assert torch.equal(loops.origin, plain.origin)  # the same edges, in the same order
     assert torch.equal(loops.size, plain.size)
-    torch.testing.assert_close(loops.place, plain.place, atol=1e-5, rtol=1e-5)
-    assert torch.equal(loops.origin, plain.origin)
-    kept = x.flatten(0, 1)
-    alone = [row for row in plain.x.flatten(0, 1) if (kept == row).all(dim=1).any()]
-    here = {tuple(row.tolist()) for row in loops.x.flatten(0, 1)}
-    assert {tuple(row.tolist()) for row in alone} <= here  # what nothing joins keeps its bits
+    torch.testing.assert_close(loops.x, plain.x, atol=1e-5, rtol=1e-5)
+    if placed:
+        torch.testing.assert_close(loops.place, plain.place, atol=1e-5, rtol=1e-5)
+    before = {tuple(row.tolist()) for row in x.flatten(0, 1)}
+    alone = before & {tuple(row.tolist()) for row in plain.x.flatten(0, 1)}
+    # What nothing joins keeps its bits.
+    assert alone <= {tuple(row.tolist()) for row in loops.x.flatten(0, 1)}
 
 
 @given(seed=seeds, where=st.integers(0, 35), has_tiles=st.booleans())
-def test_numbers_that_are_none_still_make_a_choice(seed: int, where: int, has_tiles: bool) -> None:
+@torch.no_grad()
+def test_numbers_that_are_none_still_make_a_partition(
+    seed: int, where: int, has_tiles: bool
+) -> None:
     scores = drawn(seed, 1, 6, 6)
     scores.view(-1)[where:] = torch.nan
     tiles = (drawn(seed, 1, 6, levels=2), drawn(seed, 1, 6, levels=2)) if has_tiles else None
-    with torch.no_grad():
-        choice = choose_edges(scores, 4, tiles=tiles)
-        left = merge(Tokens(drawn(seed, 1, 12, 3)), choice, 0)
-    assert sorted(choice.order[0].tolist()) == list(range(6))
-    assert 0 <= int(choice.destination.min()) <= int(choice.destination.max()) < 6
+    tokens = Tokens(drawn(seed, 1, 12, 3), origin=torch.arange(12)[None])
+    left = compiled.merge_best(tokens, scores, 4, 0, tiles=tiles)
     assert left.size is not None
+    assert left.origin is not None
     assert left.size.sum() == 12
+    assert left.origin[0].bincount(minlength=8).tolist() == left.size[0].tolist()
+
+
+@given(
+    seed=seeds, batch=st.integers(1, 3), heads=st.integers(1, 4), count=st.integers(1, 9),
+    width=st.integers(1, 20), which=st.integers(0, 2),
+    layout=st.sampled_from(["qkv", "own", "turned"]),
+)  # fmt: skip
+@torch.no_grad()
+def test_unit_means_are_those_of_the_tensor_functions(
+    seed: int, batch: int, heads: int, count: int, width: int, which: int, layout: str
+) -> None:
+    x = drawn(seed, batch, count, 3, heads, width).permute(2, 0, 3, 1, 4)[which]
+    x[:, :, 0] = 0  # of no direction
+    if layout == "own":
+        x = x.contiguous()
+    elif layout == "turned":
+        x = x.transpose(2, 3).contiguous().transpose(2, 3)
+    found = compiled.unit_mean(x)
+    torch.testing.assert_close(found, unit(x.mean(dim=1)), atol=1e-5, rtol=1e-5)
+    assert not found[:, 0].any()
 
 
 @torch.no_grad()
@@ -144,7 +145,7 @@ def test_the_same_forward_twice_gives_the_same_bits() -> None:
 
 
 def test_where_machine_code_cannot_be_kept_it_is_made_anew() -> None:
-    code = "from dsm_tune.merging import loops; print(loops.choose.stats.cache_path)"
+    code = "from dsm_tune.merging import loops; print(loops.step.stats.cache_path)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"},  # fits no plain file

@@ -85,7 +85,7 @@ def unit(feature: Tensor) -> Tensor:
     """Scale the rows of [B, N, F] to length 1; zero rows stay."""
     exact = feature.float()
     length: Tensor = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-    return (exact / length.clamp_min_(1e-6)).to(feature.dtype)
+    return (exact / length.clamp_min(1e-6)).to(feature.dtype)
 
 
 def tile(place: Tensor, window: int) -> Tensor:

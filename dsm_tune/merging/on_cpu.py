@@ -23,6 +23,7 @@ def _operator() -> Any:
 
 
 PRODUCT = _operator()
+LEAST = 2_000_000  # multiply-adds; below, a call of oneDNN takes longer than it saves
 
 
 def suits(x: Tensor) -> bool:
@@ -54,7 +55,7 @@ def linear(layer: Any, x: Tensor) -> Tensor:
 def linear_gelu(layer: Any, activation: Any, x: Tensor) -> Tensor:
     """What a linear layer and the activation behind it make of [B, N, C]."""
     is_plain = _is_plain(layer) and type(activation) is nn.GELU and not is_watched(activation)
-    if not is_plain or PRODUCT is None or not suits(x):
+    if not is_plain or not _pays(x, layer.weight):
         result: Tensor = activation(linear(layer, x))
         return result
     kind = activation.approximate
@@ -64,10 +65,15 @@ def linear_gelu(layer: Any, activation: Any, x: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[B, N, C] times the transpose of [O, C], and [O] more: [B, N, O]."""
-    if PRODUCT is None or not suits(x):
+    if not _pays(x, weight):
         return nn.functional.linear(x, weight, bias)
     quick: Tensor = PRODUCT(x, weight, bias, "none", [], "")
     return quick
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product of [B, N, C] and [O, C] is sooner done by oneDNN."""
+    return PRODUCT is not None and x.numel() * weight.shape[0] >= LEAST and suits(x)
 
 
 def _is_plain(layer: Any) -> bool:

@@ -38,20 +38,20 @@ class Watching(TorchDispatchMode):
 
 
 @contextmanager
-def counted() -> Iterator[list[int]]:
-    """How often oneDNN is asked."""
-    asked, operator = [0], on_cpu.PRODUCT
+def counted(least: int = 0) -> Iterator[list[int]]:
+    """How often oneDNN is asked, for products of so many multiply-adds."""
+    asked, operator, usual = [0], on_cpu.PRODUCT, on_cpu.LEAST
 
     def counting(*args: Any) -> Tensor:
         asked[0] += 1
         result: Tensor = operator(*args)
         return result
 
-    on_cpu.PRODUCT = counting
+    on_cpu.PRODUCT, on_cpu.LEAST = counting, least
     try:
         yield asked
     finally:
-        on_cpu.PRODUCT = operator
+        on_cpu.PRODUCT, on_cpu.LEAST = operator, usual
 
 
 @needs_onednn
@@ -71,6 +71,17 @@ def test_a_product_differs_from_torch_by_rounding_alone(
         quick = on_cpu.linear_gelu(layer, activation, x)
         torch.testing.assert_close(quick, activation(layer(x)), **ROUNDING)
     assert asked == [2]
+
+
+@needs_onednn
+@torch.no_grad()
+def test_small_products_stay_torch_s() -> None:
+    layer = nn.Linear(20, 10)
+    with counted(least=2000) as asked:
+        on_cpu.linear(layer, torch.randn(1, 9, 20))
+        assert asked == [0]
+        on_cpu.linear(layer, torch.randn(1, 10, 20))
+        assert asked == [1]
 
 
 class Adapted(nn.Linear):

@@ -45,7 +45,7 @@ def unit_mean(x: Tensor) -> Tensor:
         x = x.contiguous()
     image, head, token, _ = x.stride()
     memory = x.as_strided((x.untyped_storage().size() // x.itemsize,), (1,), 0).numpy()
-    unit = torch.empty(batch, count, width)
+    unit = x.new_empty(batch, count, width)
     _loops().unit_mean(memory, x.storage_offset(), image, head, token, heads, unit.numpy())
     return unit
 
@@ -82,8 +82,8 @@ def merge_best(
     (batch, count, width), evens = tokens.x.shape, scores.shape[1]
     left = batch, count - r
     # By torch, whose memory is aligned for wide registers.
-    x, size = torch.empty(*left, width), torch.empty(left)
-    place = None if tokens.place is None else torch.empty(*left, 2)
+    x, size = tokens.x.new_empty(*left, width), tokens.x.new_empty(left)
+    place = None if tokens.place is None else tokens.x.new_empty(*left, 2)
     order, destination = np.empty((batch, evens), np.int64), np.empty((batch, r), np.int64)
     even_tiles, odd_tiles = tiles or (None, None)
     loops = _loops()

@@ -73,7 +73,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
     """Whether the product of [B, N, C] and [O, C] is sooner done by oneDNN."""
-    return PRODUCT is not None and x.numel() * weight.shape[0] >= LEAST and suits(x)
+    # A graph of any batch size must not be asked for its size: `suits` comes first.
+    return PRODUCT is not None and suits(x) and x.numel() * weight.shape[0] >= LEAST
 
 
 def _is_plain(layer: Any) -> bool:

@@ -215,7 +215,7 @@ def _through(module: Any, x: Tensor) -> Tensor:
     """Apply a module, unless it does nothing: to call it takes as long as a small operator."""
     kind = type(module)
     idle = kind is nn.Identity or (kind in (nn.Dropout, DropPath) and not module.training)
-    result: Tensor = x if idle and not module._forward_hooks else module(x)
+    result: Tensor = x if idle and not is_watched(module) else module(x)
     return result
 
 

@@ -1,6 +1,7 @@
-"""A merge on a CPU, eager: compiled loops instead of some forty operators.
+"""A merge from its scores on, the quickest way there is: compiled loops on a CPU, eager.
 
-They are in :mod:`~dsm_tune.merging.loops`, which is imported when the first tokens merge.
+They are in :mod:`~dsm_tune.merging.loops`, which is imported when the first tokens merge, and take
+the place of some forty operators. Elsewhere the tensor functions do it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dsm_tune.merging import on_cpu
-from dsm_tune.merging.joining import Tokens, follow, positions
-from dsm_tune.merging.matching import Choice
+from dsm_tune.merging.joining import Tokens, follow, merge, positions
+from dsm_tune.merging.matching import Choice, choose_edges, first_positions, unit
 
 __all__ = ["merge_best", "suits", "unit_mean"]
 
@@ -39,15 +40,17 @@ def suits(x: Tensor) -> bool:
 
 
 def unit_mean(x: Tensor) -> Tensor:
-    """The mean over heads of [B, H, N, d] that :func:`suits`, each of unit length: [B, N, d]."""
+    """The mean over heads of [B, H, N, d], each of unit length: [B, N, d]."""
+    if not suits(x):
+        return unit(on_cpu.mean_over_heads(x))
     batch, heads, count, width = x.shape
     if x.stride(3) != 1:
         x = x.contiguous()
     image, head, token, _ = x.stride()
     memory = x.as_strided((x.untyped_storage().size() // x.itemsize,), (1,), 0).numpy()
-    unit = x.new_empty(batch, count, width)
-    _loops().unit_mean(memory, x.storage_offset(), image, head, token, heads, unit.numpy())
-    return unit
+    found = x.new_empty(batch, count, width)
+    _loops().unit_mean(memory, x.storage_offset(), image, head, token, heads, found.numpy())
+    return found
 
 
 def merge_best(
@@ -66,7 +69,7 @@ def merge_best(
     """What ``choose_edges`` and then ``merge`` give, of the same arguments.
 
     Args:
-        tokens: that :func:`suits`.
+        tokens: N tokens.
         scores: as of :func:`~dsm_tune.merging.matching.choose_edges`, like ``r``, ``bonus``,
             ``tiles`` and ``equal_quota``.
         r: edges that merge.
@@ -79,6 +82,9 @@ def merge_best(
         norm: ``free``, ``mean`` or ``largest``.
         centroid: whether a merged token stands at the weighted mean of the places.
     """
+    if not suits(tokens.x):
+        choice = choose_edges(scores, r, bonus=bonus, tiles=tiles, equal_quota=equal_quota)
+        return merge(tokens, choice, prefix, weight=weight, norm=norm, centroid=centroid)
     (batch, count, width), evens = tokens.x.shape, scores.shape[1]
     left = batch, count - r
     # By torch, whose memory is aligned for wide registers.
@@ -89,7 +95,7 @@ def merge_best(
     loops = _loops()
     loops.step(
         _array(scores), _array(bonus), _array(even_tiles), _array(odd_tiles), equal_quota,
-        prefix, loops.NORMS[norm], centroid,
+        prefix, *first_positions(prefix), loops.NORMS[norm], centroid,
         _array(tokens.x), _array(tokens.size), _array(tokens.place, NO_PLACES), _array(weight),
         x.numpy(), size.numpy(), _array(place, NO_PLACES), order, destination,
     )  # fmt: skip

@@ -91,7 +91,7 @@ def _choose(
 
 
 @part
-def _seat(order: Any, r: Any, prefix: Any, rows: Any) -> Any:
+def _seat(order: Any, r: Any, prefix: Any, even_at: Any, odd_at: Any, rows: Any) -> Any:
     """Fill in the rows of those that stay, [N - r], in their new order; returns the first odd."""
     evens, left = order.shape[0], rows.shape[0]
     stays = np.ones(evens, np.bool_)
@@ -103,10 +103,10 @@ def _seat(order: Any, r: Any, prefix: Any, rows: Any) -> Any:
         at += 1
     for a in range(evens):
         if stays[a]:
-            rows[at] = prefix + prefix % 2 + 2 * a
+            rows[at] = even_at + 2 * a
             at += 1
     first = at
-    for token in range(prefix + 1 - prefix % 2, left + r, 2):
+    for token in range(odd_at, left + r, 2):
         rows[at] = token
         at += 1
     return first
@@ -186,7 +186,7 @@ def unit_mean(
 
 
 @_compiled(
-    "(f4[:,:,::1], f4[:,::1], f4[:,::1], f4[:,::1], b1, i8, i8, b1,"
+    "(f4[:,:,::1], f4[:,::1], f4[:,::1], f4[:,::1], b1, i8, i8, i8, i8, b1,"
     " f4[:,:,::1], f4[:,::1], f4[:,:,::1], f4[:,::1],"
     " f4[:,:,::1], f4[:,::1], f4[:,:,::1], i8[:,::1], i8[:,::1])"
 )
@@ -197,6 +197,8 @@ def step(
     odd_tiles: Any,
     equal_quota: Any,
     prefix: Any,
+    even_at: Any,
+    odd_at: Any,
     norm: Any,
     centroid: Any,
     x: Any,
@@ -218,6 +220,8 @@ def step(
         odd_tiles: [B, b] or none, of each odd one.
         equal_quota: whether edges are taken in rounds, one from each tile per round.
         prefix: p.
+        even_at: position of the first patch token at an even position, and
+        odd_at: at an odd one.
         norm: of :data:`NORMS`.
         centroid: whether a merged token stands at the weighted mean of the places.
         x: [B, N, C].
@@ -244,7 +248,7 @@ def step(
             equal_quota,
             partner,
         )
-        first = _seat(ranked, r, prefix, rows)
+        first = _seat(ranked, r, prefix, even_at, odd_at, rows)
         for i in range(evens):
             order[image, i] = ranked[i]
         for i in range(left):
@@ -252,7 +256,7 @@ def step(
             total[i] = new_size[image, i] * (weight[image, rows[i]] if weight.shape[0] else one)
         for i in range(r):
             destination[image, i] = partner[ranked[i]]
-            source[i] = prefix + prefix % 2 + 2 * ranked[i]
+            source[i] = even_at + 2 * ranked[i]
             target[i] = first + partner[ranked[i]]
             own = size[image, source[i]] if size.shape[0] else one
             share[i] = own * (weight[image, source[i]] if weight.shape[0] else one)

@@ -17,7 +17,7 @@ __all__ = [
     "choose_edges",
     "first_positions",
     "halves",
-    "products",
+    "pair_products",
     "similarity",
     "tile",
     "unit",
@@ -72,10 +72,10 @@ def similarity(feature: Tensor, prefix: int) -> Tensor:
     Returns:
         [B, a, b] float32.
     """
-    return products(unit(feature), prefix)
+    return pair_products(unit(feature), prefix)
 
 
-def products(feature: Tensor, prefix: int) -> Tensor:
+def pair_products(feature: Tensor, prefix: int) -> Tensor:
     """Inner product of every even patch token with every odd one: [B, a, b] float32."""
     even, odd = halves(feature, prefix)
     return torch.bmm(even, odd.transpose(1, 2)).float()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.errors import ModelError, PlanError
-from dsm_tune.merging import backbone, compiled, dropping, joining, matching, scores
+from dsm_tune.merging import backbone, compiled, dropping, matching, scores
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.plan import MergePlan, Step
 
@@ -123,8 +123,8 @@ class MergedBlocks(nn.Sequential):
 
     def _similarity(self, tokens: Tokens, step: Step, parts: backbone.Projections) -> Tensor:
         kind, prefix = self.plan.matching.feature, self.plan.geometry.prefix
-        if kind in ("k", "q", "v") and compiled.suits(tokens.x):
-            return matching.products(compiled.unit_mean(getattr(parts, kind)), prefix)
+        if kind in ("k", "q", "v"):
+            return matching.pair_products(compiled.unit_mean(getattr(parts, kind)), prefix)
         return matching.similarity(self._feature(tokens, step, parts), prefix)
 
     def _merge(self, tokens: Tokens, step: Step, pairs: Tensor, received: Tensor | None) -> Tokens:
@@ -141,15 +141,18 @@ class MergedBlocks(nn.Sequential):
         if step.window and tokens.place is not None:
             even, odd = matching.halves(tokens.place, prefix)
             tiles = matching.tile(even, step.window), matching.tile(odd, step.window)
-        chosen_by: dict[str, Any] = {"bonus": bonus, "tiles": tiles}
-        chosen_by["equal_quota"] = options.quota == "equal"
-        joined_by: dict[str, Any] = {"weight": weight, "norm": options.norm}
-        joined_by["centroid"] = options.position == "centroid"
-        if compiled.suits(tokens.x):
-            result = compiled.merge_best(tokens, pairs, step.r, prefix, **chosen_by, **joined_by)
-        else:
-            choice = matching.choose_edges(pairs, step.r, **chosen_by)
-            result = joining.merge(tokens, choice, prefix, **joined_by)
+        result = compiled.merge_best(
+            tokens,
+            pairs,
+            step.r,
+            prefix,
+            bonus=bonus,
+            tiles=tiles,
+            equal_quota=options.quota == "equal",
+            weight=weight,
+            norm=options.norm,
+            centroid=options.position == "centroid",
+        )
         if result.place is None or step.block < self.last_local:
             return result
         return dataclasses.replace(result, place=None)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["is_watched", "linear", "linear_gelu", "mean_over_heads", "product", "products", "suits"]
+__all__ = [
+    "is_watched",
+    "linear",
+    "linear_gelu",
+    "mean_over_heads",
+    "product",
+    "query_key_products",
+    "suits",
+]
 
 
 def _operator() -> Any:
@@ -98,7 +106,7 @@ def mean_over_heads(x: Tensor) -> Tensor:
     return total.mul_(1 / x.shape[1])
 
 
-def products(q: Tensor, k: Tensor) -> Tensor:
+def query_key_products(q: Tensor, k: Tensor) -> Tensor:
     """[B, H, n, d] of queries with [B, H, N, d] of keys: [B, H, n, N].
 
     For one query MKL's batched product takes twice as long as to multiply and add.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsm_tune.merging.backbone import Projections
 from dsm_tune.merging.matching import halves, unit
-from dsm_tune.merging.on_cpu import mean_over_heads, products
+from dsm_tune.merging.on_cpu import mean_over_heads, query_key_products
 from dsm_tune.plan import Matching
 
 __all__ = ["attention_to", "attention_to_values", "feature_of", "size_penalty", "worth_of"]
@@ -59,7 +59,7 @@ def attention_to(kind: str, parts: Projections, log_size: Tensor | None) -> Tens
 def _shares(kind: str, parts: Projections, log_size: Tensor | None) -> Tensor:
     """Attention of each head from the class token, or from all: [B, H, 1 or N, N] float32."""
     q = parts.q[:, :, :1] if kind == "class" else parts.q
-    logits = products(q, parts.k).float() * parts.scale
+    logits = query_key_products(q, parts.k).float() * parts.scale
     if log_size is not None:
         logits = logits + log_size[:, None, None, :]
     return logits.softmax(dim=-1)

@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from small_vits import images_for, plan_for, small_vit
+from small_vits import KINDS, images_for, plan_for, small_vit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,18 +23,6 @@ from dsm_tune.merging.merged import merged
 STEP = (1, "merge", 3, None)
 ROUNDING = {"atol": 1e-5, "rtol": 1e-5}
 needs_onednn = pytest.mark.skipif(on_cpu.PRODUCT is None, reason="this torch has no oneDNN")
-
-
-class Watching(TorchDispatchMode):
-    """Notes the names of all operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -91,6 +79,7 @@ class Adapted(nn.Linear):
         return super().forward(x) + 1
 
 
+@needs_onednn
 @pytest.mark.parametrize("how", ["adapted", "forward hook", "forward pre-hook"])
 @torch.no_grad()
 def test_a_layer_that_is_more_than_its_weights_is_called(how: str) -> None:
@@ -100,8 +89,10 @@ def test_a_layer_that_is_more_than_its_weights_is_called(how: str) -> None:
     elif how == "forward pre-hook":
         layer.register_forward_pre_hook(lambda _, given: (given[0] + 1,))
     x = torch.randn(1, 3, 4)
-    assert torch.equal(on_cpu.linear(layer, x), layer(x))
-    assert torch.equal(on_cpu.linear_gelu(layer, nn.GELU(), x), nn.GELU()(layer(x)))
+    with counted() as asked:
+        assert torch.equal(on_cpu.linear(layer, x), layer(x))
+        assert torch.equal(on_cpu.linear_gelu(layer, nn.GELU(), x), nn.GELU()(layer(x)))
+    assert asked == [0]
 
 
 @torch.no_grad()
@@ -112,10 +103,14 @@ def test_a_block_that_is_watched_is_called() -> None:
     assert torch.equal(run(block, x), block(x))
 
 
+@needs_onednn
 @torch.no_grad()
 def test_an_activation_other_than_gelu_stays_what_it_is() -> None:
     layer, x = nn.Linear(4, 5), torch.randn(2, 3, 4)
-    torch.testing.assert_close(on_cpu.linear_gelu(layer, nn.ReLU(), x), layer(x).relu())
+    with counted() as asked:
+        found = on_cpu.linear_gelu(layer, nn.ReLU(), x)
+    assert asked == [1]  # the layer alone
+    torch.testing.assert_close(found, layer(x).relu())
 
 
 @pytest.mark.parametrize(
@@ -127,7 +122,7 @@ def test_an_activation_other_than_gelu_stays_what_it_is() -> None:
         (nn.Parameter(torch.zeros(1, 2, 3)), nullcontext()),
         (torch.zeros(1, 2, 3), torch.enable_grad()),
         (torch.zeros(1, 2, 3), torch.autocast("cpu", torch.bfloat16)),
-        (torch.zeros(1, 2, 3), Watching()),
+        (torch.zeros(1, 2, 3), TorchDispatchMode()),
     ],
 )
 @torch.no_grad()
@@ -158,6 +153,22 @@ def test_a_merged_model_multiplies_by_onednn_and_a_dense_one_as_it_is() -> None:
         with merged(model, plan_for(model, STEP)) as fast:
             fast(images)
         assert asked == [4 * 4]
+
+
+@needs_onednn
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@torch.no_grad()
+def test_every_kind_of_model_gives_the_same_logits_by_onednn(kind: str) -> None:
+    model = small_vit(kind)
+    images = images_for(model)
+    with merged(model, plan_for(model, STEP)) as fast:
+        with counted(least=1 << 62) as asked:
+            plain = fast(images)
+        assert asked == [0]
+        with counted() as asked:
+            quick = fast(images)
+        assert asked[0] >= 2 * 4
+    torch.testing.assert_close(quick, plain, atol=2e-4, rtol=2e-4)
 
 
 def test_a_merged_model_has_gradients() -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.merging import backbone
+from dsm_tune.merging.blocks import MergedBlocks
 from dsm_tune.merging.joining import Tokens
-from dsm_tune.merging.merged import MergedBlocks
 from dsm_tune.merging.on_cpu import suits
 from dsm_tune.plan import ATTENTIONS, Geometry, Matching, MergePlan, Step
 from dsm_tune.runtimes.forwards import Call, prepared

@@ -10,17 +10,14 @@ import functools
 import importlib
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dsm_tune.merging import on_cpu
+from dsm_tune.merging import on_cpu, team
 from dsm_tune.merging.joining import Tokens, follow, merge, positions
 from dsm_tune.merging.matching import Choice, choose_edges, first_positions, unit
 
 __all__ = ["merge_best", "suits", "unit_mean"]
-
-NONE, NO_PLACES = np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float32)
 
 
 @functools.cache
@@ -43,13 +40,14 @@ def unit_mean(x: Tensor) -> Tensor:
     """The mean over heads of [B, H, N, d], each of unit length: [B, N, d]."""
     if not suits(x):
         return unit(on_cpu.mean_over_heads(x))
-    batch, heads, count, width = x.shape
+    batch, _, count, width = x.shape
     if x.stride(3) != 1:
         x = x.contiguous()
-    image, head, token, _ = x.stride()
-    memory = x.as_strided((x.untyped_storage().size() // x.itemsize,), (1,), 0).numpy()
-    found = x.new_empty(batch, count, width)
-    _loops().unit_mean(memory, x.storage_offset(), image, head, token, heads, found.numpy())
+    loops, found = _loops(), x.new_empty(batch, count, width)
+    team.run(
+        loops.unit_mean, *x.shape, *x.stride()[:3], x.data_ptr(), found.data_ptr(),
+        shares=-(batch * count // -loops.TOKENS),
+    )  # fmt: skip
     return found
 
 
@@ -85,27 +83,26 @@ def merge_best(
     if not suits(tokens.x):
         choice = choose_edges(scores, r, bonus=bonus, tiles=tiles, equal_quota=equal_quota)
         return merge(tokens, choice, prefix, weight=weight, norm=norm, centroid=centroid)
-    (batch, count, width), evens = tokens.x.shape, scores.shape[1]
-    left = batch, count - r
-    # By torch, whose memory is aligned for wide registers.
+    (batch, count, width), (_, evens, odds) = tokens.x.shape, scores.shape
+    loops, left = _loops(), (batch, count - r)
     x, size = tokens.x.new_empty(*left, width), tokens.x.new_empty(left)
     place = None if tokens.place is None else tokens.x.new_empty(*left, 2)
-    order, destination = np.empty((batch, evens), np.int64), np.empty((batch, r), np.int64)
-    even_tiles, odd_tiles = tiles or (None, None)
-    loops = _loops()
-    loops.step(
-        _array(scores), _array(bonus), _array(even_tiles), _array(odd_tiles), equal_quota,
-        prefix, *first_positions(prefix), loops.NORMS[norm], centroid,
-        _array(tokens.x), _array(tokens.size), _array(tokens.place, NO_PLACES), _array(weight),
-        x.numpy(), size.numpy(), _array(place, NO_PLACES), order, destination,
+    order = torch.empty(batch, evens, dtype=torch.int64)
+    destination = torch.empty(batch, r, dtype=torch.int64)
+    given = (scores, bonus, *(tiles or (None, None)), tokens.x, tokens.size, tokens.place, weight)
+    given = [None if one is None else one.contiguous() for one in given]
+    team.run(
+        loops.step, batch, count, width, evens, odds, r, prefix, *first_positions(prefix),
+        equal_quota, loops.NORMS[norm], centroid,
+        *map(_address, (*given, x, size, place, order, destination)),
+        shares=batch,
     )  # fmt: skip
     origin = tokens.origin
     if origin is not None:
-        choice = Choice(torch.from_numpy(order), torch.from_numpy(destination))
-        origin = follow(origin, positions(choice, count, prefix))
+        origin = follow(origin, positions(Choice(order, destination), count, prefix))
     return Tokens(x, size, place, origin)
 
 
-def _array(x: Tensor | None, none: Any = NONE) -> Any:
-    """A tensor as the loop takes it."""
-    return none if x is None else x.contiguous().numpy()
+def _address(x: Tensor | None) -> int:
+    """Of its first number; 0 for none."""
+    return 0 if x is None else x.data_ptr()

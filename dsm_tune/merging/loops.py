@@ -1,8 +1,11 @@
-"""Matching and merging on a CPU as compiled loops over images.
+"""Matching and merging on a CPU as compiled loops, which several threads may run at once.
 
 They do exactly what the tensor functions do that they name, which are their oracle in the tests;
-sums may differ by rounding. An array of no elements stands for ``None``. numba keeps the machine
-code beside this file, or in the user's cache folder, so that it is made once per machine.
+sums may differ by rounding. Each thread of a team calls ``step`` or ``unit_mean`` with the same
+numbers, the first of which counts the shares of the work that were taken: a share is an image, or
+some tokens, and what becomes of it does not depend on who takes it. An array of no elements stands
+for ``None``. numba keeps the machine code beside this file, or in the user's cache folder, so that
+it is made once per machine.
 
 Letters in shapes are those of :mod:`~dsm_tune.merging.matching`.
 """
@@ -15,25 +18,57 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
-__all__ = ["NORMS", "step", "unit_mean"]
+__all__ = ["NORMS", "TOKENS", "step", "unit_mean"]
 
 NORMS = {"free": 0, "mean": 1, "largest": 2}
+TOKENS = 48  # whose means are one share of the work
 WIDE = {"contract", "reassoc", "nsz"}  # what lets sums use wide registers
-part = numba.njit(nogil=True, fastmath=WIDE)  # of the loop; compiled with it
+part = numba.njit(nogil=True, fastmath=WIDE)  # of a loop; compiled with it
 
 
-def _compiled(signature: str) -> Callable[[Callable[..., None]], Any]:
-    """Compile a function for one signature; keep the code, if there is a place to."""
+def _compiled(function: Callable[[Any], None]) -> Any:
+    """Compile what threads call with an address of int64; keep the code, if there is a place to."""
+    compiled = functools.partial(numba.cfunc, "void(CPointer(int64))", fastmath=WIDE)
+    try:
+        return compiled(cache=True)(function)
+    except (OSError, RuntimeError):  # a full disk; numba's, where no folder can be written
+        return compiled()(function)
 
-    def compile_one(function: Callable[..., None]) -> Any:
-        jit = functools.partial(numba.njit, signature, nogil=True, fastmath=WIDE)
-        try:
-            return jit(cache=True)(function)
-        except (OSError, RuntimeError):  # a full disk; numba's, where no folder can be written
-            return jit()(function)
 
-    return compile_one
+@intrinsic  # type: ignore[untyped-decorator]
+def _next_share(typing: Any, counter: Any) -> Any:
+    """The number of a share of the work that nobody has taken, from 0."""
+
+    def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        one = context.get_constant(types.int64, 1)
+        return builder.atomic_rmw("add", given[0], one, "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), code
+
+
+def _at(kind: Any) -> Any:
+    """Of an address, a pointer to numbers of a kind."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def pointer(typing: Any, address: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            return builder.inttoptr(given[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), code
+
+    return pointer
+
+
+_floats, _integers = _at(types.float32), _at(types.int64)
+
+
+@part
+def _numbers(address: Any, shape: Any) -> Any:
+    """The float32 numbers at an address; none at 0."""
+    return numba.carray(_floats(address), shape if address else (0, *shape[1:]))
 
 
 @numba.njit(nogil=True, fastmath={*WIDE, "nnan"})
@@ -153,99 +188,75 @@ def _join(x: Any, rows: Any, source: Any, target: Any, share: Any, norm: Any, me
             into[c] *= scale
 
 
-@_compiled("(f4[::1], i8, i8, i8, i8, i8, f4[:,:,::1])")
-def unit_mean(
-    memory: Any, start: Any, image: Any, head: Any, token: Any, heads: Any, unit: Any
-) -> None:
+@_compiled
+def unit_mean(given: Any) -> None:
     """As ``matching.unit`` of ``on_cpu.mean_over_heads`` of [B, H, N, d].
 
     Args:
-        memory: that holds the numbers.
-        start: of the first one in it.
-        image: from there to the next image; those of a row of d stand side by side.
-        head: to the next head.
-        token: to the next token.
-        heads: H.
-        unit: [B, N, d], filled in.
+        given: a counter; B, H, N, d; how far it is from a number to that of the next image, head
+            and token, while those of d stand side by side; addresses of the first number, and of
+            [B, N, d], which is filled in.
     """
-    width = unit.shape[2]
-    for i in range(unit.shape[0]):
-        for n in range(unit.shape[1]):
-            row, at = unit[i, n], start + i * image + n * token
+    batch, heads, count, width = given[1], given[2], given[3], given[4]
+    image, head, token = given[5], given[6], given[7]
+    last = (batch - 1) * image + (heads - 1) * head + (count - 1) * token
+    memory = _numbers(given[8], (last + width,))
+    unit = _numbers(given[9], (batch * count, width))
+    factor = np.float32(1.0 / heads)
+    first = _next_share(given) * TOKENS
+    while first < batch * count:
+        for n in range(first, min(first + TOKENS, batch * count)):
+            row, at = unit[n], n // count * image + n % count * token
             row[:] = 0.0
             for h in range(heads):
                 one = memory[at + h * head : at + h * head + width]
                 for c in range(width):
                     row[c] += one[c]
-            share = np.float32(1.0 / heads)
             for c in range(width):
-                row[c] *= share
+                row[c] *= factor
             scale = np.float32(1.0) / max(_length(row), np.float32(1e-6))
             for c in range(width):
                 row[c] *= scale
+        first = _next_share(given) * TOKENS
 
 
-@_compiled(
-    "(f4[:,:,::1], f4[:,::1], f4[:,::1], f4[:,::1], b1, i8, i8, i8, i8, b1,"
-    " f4[:,:,::1], f4[:,::1], f4[:,:,::1], f4[:,::1],"
-    " f4[:,:,::1], f4[:,::1], f4[:,:,::1], i8[:,::1], i8[:,::1])"
-)
-def step(
-    pairs: Any,
-    bonus: Any,
-    even_tiles: Any,
-    odd_tiles: Any,
-    equal_quota: Any,
-    prefix: Any,
-    even_at: Any,
-    odd_at: Any,
-    norm: Any,
-    centroid: Any,
-    x: Any,
-    size: Any,
-    place: Any,
-    weight: Any,
-    merged: Any,
-    new_size: Any,
-    new_place: Any,
-    order: Any,
-    destination: Any,
-) -> None:
+@_compiled
+def step(given: Any) -> None:
     """As ``matching.choose_edges``, and then ``joining.merge``.
 
     Args:
-        pairs: [B, a, b], the score of each edge.
-        bonus: [B, a] or none, added to the score of each even token's edge.
-        even_tiles: [B, a] or none, the tile of each even token, and
-        odd_tiles: [B, b] or none, of each odd one.
-        equal_quota: whether edges are taken in rounds, one from each tile per round.
-        prefix: p.
-        even_at: position of the first patch token at an even position, and
-        odd_at: at an odd one.
-        norm: of :data:`NORMS`.
-        centroid: whether a merged token stands at the weighted mean of the places.
-        x: [B, N, C].
-        size: [B, N], or none: all 1.
-        place: [B, N, 2] or none.
-        weight: [B, N] or none, multiplied with the sizes for the weights of the mean.
-        merged: [B, N - r, C], filled in.
-        new_size: [B, N - r], filled in.
-        new_place: [B, N - r, 2], filled in if there are places.
-        order: [B, a], filled in: even tokens, the r that merge first, by rank.
-        destination: [B, r], filled in: the odd tokens that they join.
+        given: a counter; B, N, C, a, b, r, p; positions of the first patch token at an even
+            position and at an odd one; whether edges are taken in rounds, one from each tile per
+            round; the norm, of :data:`NORMS`; whether a merged token stands at the weighted mean
+            of the places. Addresses, 0 for none: scores [B, a, b], a bonus for each even token's
+            edge [B, a], tiles of the even [B, a] and of the odd tokens [B, b]; tokens [B, N, C],
+            sizes [B, N], places [B, N, 2], weights [B, N]; what is filled in: tokens
+            [B, N - r, C], sizes [B, N - r], places [B, N - r, 2], and as int64 the even tokens by
+            rank [B, a] and the odd ones that the first r of them join [B, r].
     """
-    (batch, evens), r, left = order.shape, destination.shape[1], new_size.shape[1]
+    batch, count, channels, evens = given[1], given[2], given[3], given[4]
+    odds, r, prefix, even_at, odd_at = given[5], given[6], given[7], given[8], given[9]
+    left = count - r
+    pairs, bonus = _numbers(given[13], (batch, evens, odds)), _numbers(given[14], (batch, evens))
+    even_tiles, odd_tiles = _numbers(given[15], (batch, evens)), _numbers(given[16], (batch, odds))
+    x, size = _numbers(given[17], (batch, count, channels)), _numbers(given[18], (batch, count))
+    place, weight = _numbers(given[19], (batch, count, 2)), _numbers(given[20], (batch, count))
+    merged = _numbers(given[21], (batch, left, channels))
+    new_size, new_place = _numbers(given[22], (batch, left)), _numbers(given[23], (batch, left, 2))
+    order = numba.carray(_integers(given[24]), (batch, evens))
+    destination = numba.carray(_integers(given[25]), (batch, r))
     partner, rows = np.empty(evens, np.int64), np.empty(left, np.int64)
     source, target = np.empty(r, np.int64), np.empty(r, np.int64)
     share, total = np.empty(r, np.float32), np.empty(left, np.float32)
     one, none = np.float32(1.0), np.empty(0, np.float32)
-    for image in range(batch):
+    image = _next_share(given)
+    while image < batch:
         ranked = _choose(
             pairs[image],
             bonus[image] if bonus.shape[0] else none,
             even_tiles[image] if even_tiles.shape[0] else none,
             odd_tiles[image] if odd_tiles.shape[0] else none,
-            equal_quota,
+            given[10],
             partner,
         )
         first = _seat(ranked, r, prefix, even_at, odd_at, rows)
@@ -264,10 +275,11 @@ def step(
             total[target[i]] += share[i]
         for i in range(r):
             share[i] /= total[target[i]]
-        _join(x[image], rows, source, target, share, norm, merged[image])
-        if place.shape[0] and centroid:
+        _join(x[image], rows, source, target, share, given[11], merged[image])
+        if place.shape[0] and given[12]:
             _join(place[image], rows, source, target, share, 0, new_place[image])
         elif place.shape[0]:
             for i in range(left):
                 for c in range(2):
                     new_place[image, i, c] = place[image, rows[i], c]
+        image = _next_share(given)

@@ -145,7 +145,7 @@ def test_the_same_forward_twice_gives_the_same_bits() -> None:
 
 
 def test_where_machine_code_cannot_be_kept_it_is_made_anew() -> None:
-    code = "from dsm_tune.merging import loops; print(loops.step.stats.cache_path)"
+    code = "from dsm_tune.merging import loops; print(loops.step._cache.cache_path)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"},  # fits no plain file

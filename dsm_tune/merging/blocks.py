@@ -103,7 +103,7 @@ class MergedBlocks(nn.Sequential):
             received = None
             if options.needs_attention:
                 received = scores.attention_to(options.attention, parts, log_size)
-            return self._merge(tokens, step, self._similarity(tokens, step, parts), received)
+            return self._merge(tokens, step, parts, received)
         worth = scores.worth_of(
             options, parts, log_size, prefix, lambda: self._feature(tokens, step, parts)
         )
@@ -119,16 +119,17 @@ class MergedBlocks(nn.Sequential):
         numbers: Tensor = getattr(self, _random_name(step))
         return numbers.to(tokens.x.dtype).expand(tokens.x.shape[0], -1, -1)
 
-    def _similarity(self, tokens: Tokens, step: Step, parts: backbone.Projections) -> Tensor:
-        kind, prefix = self.plan.matching.feature, self.plan.geometry.prefix
-        if kind in ("k", "q", "v"):
-            return matching.pair_products(compiled.unit_mean(getattr(parts, kind)), prefix)
-        return matching.similarity(self._feature(tokens, step, parts), prefix)
-
-    def _merge(self, tokens: Tokens, step: Step, pairs: Tensor, received: Tensor | None) -> Tokens:
+    def _merge(
+        self, tokens: Tokens, step: Step, parts: backbone.Projections, received: Tensor | None
+    ) -> Tokens:
         options, prefix = self.plan.matching, self.plan.geometry.prefix
+        if options.feature in ("k", "q", "v"):
+            feature = getattr(parts, options.feature)
+        else:
+            feature = self._feature(tokens, step, parts).unsqueeze(1)
+        penalty = None
         if options.size_penalty and tokens.size is not None:
-            pairs = pairs - scores.size_penalty(tokens.size, prefix, options.size_penalty)
+            penalty = scores.size_penalty(tokens.size, prefix, options.size_penalty)
         bonus = weight = None
         if received is not None and options.attention_weight:
             # Relative to the mean, and bounded, so that no power makes all weights vanish.
@@ -141,9 +142,10 @@ class MergedBlocks(nn.Sequential):
             tiles = matching.tile(even, step.window), matching.tile(odd, step.window)
         result = compiled.merge_best(
             tokens,
-            pairs,
+            feature,
             step.r,
             prefix,
+            penalty=penalty,
             bonus=bonus,
             tiles=tiles,
             equal_quota=options.quota == "equal",

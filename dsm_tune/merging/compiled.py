@@ -1,7 +1,7 @@
-"""A merge from its scores on, the quickest way there is: compiled loops on a CPU, eager.
+"""A merge, the quickest way there is: one compiled loop on a CPU, eager.
 
-They are in :mod:`~dsm_tune.merging.loops`, which is imported when the first tokens merge, and take
-the place of some forty operators. Elsewhere the tensor functions do it.
+It is in :mod:`~dsm_tune.merging.loops`, which is imported when the first tokens merge, and takes
+the place of some fifty operators. Elsewhere the tensor functions do it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from dsm_tune.merging import on_cpu, team
 from dsm_tune.merging.joining import Tokens, follow, merge, positions
-from dsm_tune.merging.matching import Choice, choose_edges, first_positions, unit
+from dsm_tune.merging.matching import Choice, choose_edges, first_positions, similarity
 
-__all__ = ["merge_best", "suits", "unit_mean"]
+__all__ = ["merge_best", "suits"]
 
 
 @functools.cache
 def _loops() -> Any:
-    """The compiled loops; ``None`` where numba is not installed."""
+    """The compiled loop; ``None`` where numba is not installed."""
     try:
         return importlib.import_module("dsm_tune.merging.loops")
     except ModuleNotFoundError as error:
@@ -32,31 +32,17 @@ def _loops() -> Any:
 
 
 def suits(x: Tensor) -> bool:
-    """Whether a merge of tokens [B, N, C] may be done by compiled loops."""
+    """Whether a merge of tokens [B, N, C] may be done by the compiled loop."""
     return on_cpu.suits(x) and _loops() is not None
-
-
-def unit_mean(x: Tensor) -> Tensor:
-    """The mean over heads of [B, H, N, d], each of unit length: [B, N, d]."""
-    if not suits(x):
-        return unit(on_cpu.mean_over_heads(x))
-    batch, _, count, width = x.shape
-    if x.stride(3) != 1:
-        x = x.contiguous()
-    loops, found = _loops(), x.new_empty(batch, count, width)
-    team.run(
-        loops.unit_mean, *x.shape, *x.stride()[:3], x.data_ptr(), found.data_ptr(),
-        shares=-(batch * count // -loops.TOKENS),
-    )  # fmt: skip
-    return found
 
 
 def merge_best(
     tokens: Tokens,
-    scores: Tensor,
+    feature: Tensor,
     r: int,
     prefix: int,
     *,
+    penalty: Tensor | None = None,
     bonus: Tensor | None = None,
     tiles: tuple[Tensor, Tensor] | None = None,
     equal_quota: bool = True,
@@ -64,41 +50,50 @@ def merge_best(
     norm: str = "free",
     centroid: bool = False,
 ) -> Tokens:
-    """What ``choose_edges`` and then ``merge`` give, of the same arguments.
+    """What ``similarity``, ``choose_edges`` and ``merge`` give, one after the other.
 
     Args:
         tokens: N tokens.
-        scores: as of :func:`~dsm_tune.merging.matching.choose_edges`, like ``r``, ``bonus``,
-            ``tiles`` and ``equal_quota``.
-        r: edges that merge.
-        prefix: as of :func:`~dsm_tune.merging.joining.merge`, like ``weight``, ``norm`` and
-            ``centroid``.
-        bonus: [B, a] or ``None``.
+        feature: [B, H, N, d], whose mean over heads tokens are compared by.
+        r: edges that merge, at least 1.
+        prefix: p.
+        penalty: [B, a, b] or ``None``, subtracted from the similarity.
+        bonus: as of :func:`~dsm_tune.merging.matching.choose_edges`, like ``tiles`` and
+            ``equal_quota``.
         tiles: [B, a] and [B, b], or ``None``.
         equal_quota: with tiles, whether edges are taken in rounds.
-        weight: [B, N] or ``None``.
+        weight: as of :func:`~dsm_tune.merging.joining.merge`, like ``norm`` and ``centroid``.
         norm: ``free``, ``mean`` or ``largest``.
         centroid: whether a merged token stands at the weighted mean of the places.
     """
     if not suits(tokens.x):
+        scores = similarity(on_cpu.mean_over_heads(feature), prefix)
+        scores = scores if penalty is None else scores - penalty
         choice = choose_edges(scores, r, bonus=bonus, tiles=tiles, equal_quota=equal_quota)
         return merge(tokens, choice, prefix, weight=weight, norm=norm, centroid=centroid)
-    (batch, count, width), (_, evens, odds) = tokens.x.shape, scores.shape
-    loops, left = _loops(), (batch, count - r)
-    x, size = tokens.x.new_empty(*left, width), tokens.x.new_empty(left)
-    place = None if tokens.place is None else tokens.x.new_empty(*left, 2)
-    order = torch.empty(batch, evens, dtype=torch.int64)
-    destination = torch.empty(batch, r, dtype=torch.int64)
-    given = (scores, bonus, *(tiles or (None, None)), tokens.x, tokens.size, tokens.place, weight)
-    given = [None if one is None else one.contiguous() for one in given]
+    # What is called here stands between a step and its work: a forward of one image feels it.
+    (batch, count, channels), loops = tokens.x.shape, _loops()
+    even, odd = first_positions(prefix)
+    evens, odds, left = (count - even + 1) // 2, (count - odd + 1) // 2, count - r
+    if feature.stride(3) != 1:
+        feature = feature.contiguous()
+    x, size = tokens.x.new_empty(batch, left, channels), tokens.x.new_empty(batch, left)
+    place = order = destination = None
+    if tokens.place is not None:
+        place = tokens.x.new_empty(batch, left, 2)
+    if tokens.origin is not None:
+        order = torch.empty(batch, evens, dtype=torch.int64)
+        destination = torch.empty(batch, r, dtype=torch.int64)
+    given = (penalty, bonus, *(tiles or (None, None)), tokens.x, tokens.size, tokens.place, weight)
+    given = tuple(None if one is None else one.contiguous() for one in given)
     team.run(
-        loops.step, batch, count, width, evens, odds, r, prefix, *first_positions(prefix),
+        loops.step, batch, count, channels, feature.shape[1], feature.shape[3],
+        *feature.stride()[:3], evens, odds, r, prefix, even, odd,
         equal_quota, loops.NORMS[norm], centroid,
-        *map(_address, (*given, x, size, place, order, destination)),
-        shares=batch,
+        *map(_address, (feature, *given, x, size, place, order, destination)), shares=batch,
     )  # fmt: skip
     origin = tokens.origin
-    if origin is not None:
+    if order is not None and destination is not None and origin is not None:
         origin = follow(origin, positions(Choice(order, destination), count, prefix))
     return Tokens(x, size, place, origin)
 

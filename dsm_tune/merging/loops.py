@@ -1,11 +1,10 @@
-"""Matching and merging on a CPU as compiled loops, which several threads may run at once.
+"""Matching and merging on a CPU as one compiled loop, which several threads may run at once.
 
-They do exactly what the tensor functions do that they name, which are their oracle in the tests;
-sums may differ by rounding. Each thread of a team calls ``step`` or ``unit_mean`` with the same
-numbers, the first of which counts the shares of the work that were taken: a share is an image, or
-some tokens, and what becomes of it does not depend on who takes it. An array of no elements stands
-for ``None``. numba keeps the machine code beside this file, or in the user's cache folder, so that
-it is made once per machine.
+It does exactly what the tensor functions do that it names, which are its oracle in the tests; sums
+may differ by rounding. Threads share one record of numbers, the first of which counts the images
+that were taken; what becomes of an image does not depend on who takes it. An array of no elements
+stands for ``None``. numba keeps the machine code beside this file, or in the user's cache folder,
+so that it is made once per machine.
 
 Letters in shapes are those of :mod:`~dsm_tune.merging.matching`.
 """
@@ -16,48 +15,62 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
-from numba import types
+from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
-__all__ = ["NORMS", "TOKENS", "step", "unit_mean"]
+__all__ = ["GIVEN", "NORMS", "step"]
 
 NORMS = {"free": 0, "mean": 1, "largest": 2}
-TOKENS = 48  # whose means are one share of the work
+REGISTER = 16  # float32 numbers in the widest one
 WIDE = {"contract", "reassoc", "nsz"}  # what lets sums use wide registers
-part = numba.njit(nogil=True, fastmath=WIDE)  # of a loop; compiled with it
+part = njit(nogil=True, fastmath=WIDE)  # of the loop; compiled with it
+
+# What the loop is given, in order, each as int64; what follows `feature` is an address, 0 for none.
+GIVEN = (
+    *("taken", "images", "tokens", "channels", "heads", "width"),
+    *("to_image", "to_head", "to_token"),  # from a number of the feature to the same one there
+    *("evens", "odds", "r", "prefix", "first_even", "first_odd"),
+    *("equal_quota", "norm", "centroid"),
+    *("feature", "penalty", "bonus", "even_tiles", "odd_tiles", "x", "size", "place", "weight"),
+    *("new_x", "new_size", "new_place", "order", "destination"),  # filled in
+)
+NUMBERS: Any = types.CPointer  # of a kind
+RECORD = types.Record.make_c_struct([(name, types.int64) for name in GIVEN])
 
 
 def _compiled(function: Callable[[Any], None]) -> Any:
-    """Compile what threads call with an address of int64; keep the code, if there is a place to."""
-    compiled = functools.partial(numba.cfunc, "void(CPointer(int64))", fastmath=WIDE)
+    """Compile what threads call; keep the code, if there is a place to."""
+    compiled = functools.partial(cfunc, types.void(NUMBERS(RECORD)), fastmath=WIDE)
     try:
         return compiled(cache=True)(function)
     except (OSError, RuntimeError):  # a full disk; numba's, where no folder can be written
         return compiled()(function)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _next_share(typing: Any, counter: Any) -> Any:
-    """The number of a share of the work that nobody has taken, from 0."""
+@intrinsic
+def _take_image(typing: Any, given: Any) -> Any:
+    """The number of an image that nobody has taken, from 0."""
 
     def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        one = context.get_constant(types.int64, 1)
-        return builder.atomic_rmw("add", given[0], one, "monotonic")
+        counter = builder.bitcast(given[0], context.get_value_type(NUMBERS(types.int64)))
+        return builder.atomic_rmw("add", counter, context.get_constant(types.int64, 1), "monotonic")
 
-    return types.int64(types.CPointer(types.int64)), code
+    return types.int64(given), code
+
+
+_next_image: Any = _take_image
 
 
 def _at(kind: Any) -> Any:
     """Of an address, a pointer to numbers of a kind."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def pointer(typing: Any, address: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
             return builder.inttoptr(given[0], context.get_value_type(signature.return_type))
 
-        return types.CPointer(kind)(types.int64), code
+        return NUMBERS(kind)(types.int64), code
 
     return pointer
 
@@ -66,12 +79,59 @@ _floats, _integers = _at(types.float32), _at(types.int64)
 
 
 @part
-def _numbers(address: Any, shape: Any) -> Any:
-    """The float32 numbers at an address; none at 0."""
-    return numba.carray(_floats(address), shape if address else (0, *shape[1:]))
+def _of(image: Any, address: Any, shape: Any) -> Any:
+    """The float32 numbers of an image, of as many for each at an address; none at 0."""
+    several = 4 * image
+    for size in shape:
+        several *= size
+    return carray(_floats(address + several), shape if address else (0, *shape[1:]))
 
 
-@numba.njit(nogil=True, fastmath={*WIDE, "nnan"})
+@part
+def _length(row: Any) -> Any:
+    total = np.float32(0.0)
+    for c in range(row.shape[0]):
+        total += row[c] * row[c]
+    return np.sqrt(total)
+
+
+@part
+def _unit_mean(memory: Any, at: Any, to_head: Any, heads: Any, unit: Any) -> None:
+    """As ``matching.unit`` of the mean over heads, of one token: fill in [d]."""
+    width = unit.shape[0]
+    unit[:] = 0.0
+    for h in range(heads):
+        row = memory[at + h * to_head : at + h * to_head + width]
+        for c in range(width):
+            unit[c] += row[c]
+    scale = np.float32(1.0) / np.float32(heads)
+    for c in range(width):
+        unit[c] *= scale
+    scale = np.float32(1.0) / max(_length(unit), np.float32(1e-6))
+    for c in range(width):
+        unit[c] *= scale
+
+
+@part
+def _products(one: Any, others: Any, found: Any) -> None:
+    """Fill in the products [b] of a row [d] with the columns of [d, b]."""
+    width, columns = others.shape
+    found[:] = 0.0
+    whole = width - width % 4
+    for d in range(0, whole, 4):
+        first, second, third, fourth = others[d], others[d + 1], others[d + 2], others[d + 3]
+        for b in range(columns):
+            found[b] += (
+                one[d] * first[b] + one[d + 1] * second[b]
+                + one[d + 2] * third[b] + one[d + 3] * fourth[b]
+            )  # fmt: skip
+    for d in range(whole, width):
+        last = others[d]
+        for b in range(columns):
+            found[b] += one[d] * last[b]
+
+
+@njit(nogil=True, fastmath={*WIDE, "nnan"})
 def _largest(row: Any) -> Any:
     """The largest of [b], and the first place where it stands."""
     best, odds = row[0], row.shape[0]
@@ -94,26 +154,10 @@ def _largest_inside(row: Any, tile: Any, tiles: Any) -> Any:
 
 
 @part
-def _choose(
-    pairs: Any, bonus: Any, even_tiles: Any, odd_tiles: Any, equal_quota: Any, partner: Any
-) -> Any:
-    """Rank the even tokens of an image, [a], by their best edges; fill in their partners, [a]."""
-    evens = pairs.shape[0]
-    worst = np.empty(evens, np.float32)  # the score, negated: a stable sort is ascending
-    crosses = np.zeros(evens, np.bool_)
-    for a in range(evens):
-        best, at = np.float32(0.0), -1
-        if even_tiles.shape[0]:
-            best, at = _largest_inside(pairs[a], even_tiles[a], odd_tiles)
-            crosses[a] = at < 0
-        if at < 0:
-            best, at = _largest(pairs[a])
-        partner[a] = at
-        worst[a] = -(best + bonus[a]) if bonus.shape[0] else -best
-    ranked = np.argsort(worst, kind="mergesort")
-    if not even_tiles.shape[0]:
-        return ranked
-    turn = np.zeros(evens, np.int64)  # the round in which each edge is taken
+def _in_rounds(ranked: Any, tiles: Any, crosses: Any, equal_quota: Any) -> Any:
+    """Edges [a] in rounds of one per tile, or as they are; crossing ones last."""
+    evens = ranked.shape[0]
+    turn = np.zeros(evens, np.int64)
     for i in range(evens):
         a = ranked[i]
         if crosses[a]:
@@ -121,38 +165,70 @@ def _choose(
         elif equal_quota:
             for j in range(i):
                 other = ranked[j]
-                turn[i] += even_tiles[other] == even_tiles[a] and not crosses[other]
+                turn[i] += tiles[other] == tiles[a] and not crosses[other]
     return ranked[np.argsort(turn, kind="mergesort")]
 
 
 @part
-def _seat(order: Any, r: Any, prefix: Any, even_at: Any, odd_at: Any, rows: Any) -> Any:
-    """Fill in the rows of those that stay, [N - r], in their new order; returns the first odd."""
-    evens, left = order.shape[0], rows.shape[0]
-    stays = np.ones(evens, np.bool_)
-    for i in range(r):
-        stays[order[i]] = False
-    at = 0
-    for token in range(prefix):
-        rows[at] = token
-        at += 1
+def _match(image: Any, given: Any, partner: Any) -> Any:
+    """Rank the even tokens of an image, [a], by their best edges; fill in their partners, [a]."""
+    evens, odds, width = given.evens, given.odds, given.width
+    last = (given.heads - 1) * given.to_head + (given.tokens - 1) * given.to_token + width
+    feature = carray(_floats(given.feature + 4 * image * given.to_image), (last,))
+    penalty = _of(image, given.penalty, (evens, odds))
+    bonus = _of(image, given.bonus, (evens,))
+    even_tiles, odd_tiles = (
+        _of(image, given.even_tiles, (evens,)),
+        _of(image, given.odd_tiles, (odds,)),
+    )
+    one, row = np.empty(width, np.float32), np.empty(-(odds // -REGISTER) * REGISTER, np.float32)
+    others = np.zeros((width, row.shape[0]), np.float32)
+    for b in range(odds):
+        at = (given.first_odd + 2 * b) * given.to_token
+        _unit_mean(feature, at, given.to_head, given.heads, one)
+        for d in range(width):
+            others[d, b] = one[d]
+    worst = np.empty(evens, np.float32)  # the score, negated: a stable sort is ascending
+    crosses = np.zeros(evens, np.bool_)
+    scores = row[:odds]
     for a in range(evens):
-        if stays[a]:
-            rows[at] = even_at + 2 * a
-            at += 1
-    first = at
-    for token in range(odd_at, left + r, 2):
-        rows[at] = token
-        at += 1
-    return first
+        at = (given.first_even + 2 * a) * given.to_token
+        _unit_mean(feature, at, given.to_head, given.heads, one)
+        _products(one, others, row)
+        if penalty.shape[0]:
+            for b in range(odds):
+                scores[b] -= penalty[a, b]
+        best, at = np.float32(0.0), -1
+        if even_tiles.shape[0]:
+            best, at = _largest_inside(scores, even_tiles[a], odd_tiles)
+            crosses[a] = at < 0
+        if at < 0:
+            best, at = _largest(scores)
+        partner[a] = at
+        worst[a] = -(best + bonus[a]) if bonus.shape[0] else -best
+    ranked = np.argsort(worst, kind="mergesort")
+    if not even_tiles.shape[0]:
+        return ranked
+    return _in_rounds(ranked, even_tiles, crosses, given.equal_quota)
 
 
 @part
-def _length(row: Any) -> Any:
-    total = np.float32(0.0)
-    for c in range(row.shape[0]):
-        total += row[c] * row[c]
-    return np.sqrt(total)
+def _seat(ranked: Any, given: Any, rows: Any) -> Any:
+    """Fill in the rows of those that stay, [N - r], in their new order; returns the first odd."""
+    stays = np.ones(given.evens, np.bool_)
+    for i in range(given.r):
+        stays[ranked[i]] = False
+    at = 0
+    for token in range(given.prefix):
+        rows[at] = token
+        at += 1
+    for a in range(given.evens):
+        if stays[a]:
+            rows[at] = given.first_even + 2 * a
+            at += 1
+    for b in range(given.odds):
+        rows[at + b] = given.first_odd + 2 * b
+    return at
 
 
 @part
@@ -188,98 +264,64 @@ def _join(x: Any, rows: Any, source: Any, target: Any, share: Any, norm: Any, me
             into[c] *= scale
 
 
-@_compiled
-def unit_mean(given: Any) -> None:
-    """As ``matching.unit`` of ``on_cpu.mean_over_heads`` of [B, H, N, d].
-
-    Args:
-        given: a counter; B, H, N, d; how far it is from a number to that of the next image, head
-            and token, while those of d stand side by side; addresses of the first number, and of
-            [B, N, d], which is filled in.
-    """
-    batch, heads, count, width = given[1], given[2], given[3], given[4]
-    image, head, token = given[5], given[6], given[7]
-    last = (batch - 1) * image + (heads - 1) * head + (count - 1) * token
-    memory = _numbers(given[8], (last + width,))
-    unit = _numbers(given[9], (batch * count, width))
-    factor = np.float32(1.0 / heads)
-    first = _next_share(given) * TOKENS
-    while first < batch * count:
-        for n in range(first, min(first + TOKENS, batch * count)):
-            row, at = unit[n], n // count * image + n % count * token
-            row[:] = 0.0
-            for h in range(heads):
-                one = memory[at + h * head : at + h * head + width]
-                for c in range(width):
-                    row[c] += one[c]
-            for c in range(width):
-                row[c] *= factor
-            scale = np.float32(1.0) / max(_length(row), np.float32(1e-6))
-            for c in range(width):
-                row[c] *= scale
-        first = _next_share(given) * TOKENS
+@part
+def _merge(image: Any, given: Any, ranked: Any, partner: Any) -> None:
+    """As ``joining.merge``, for an image."""
+    count, channels, r = given.tokens, given.channels, given.r
+    left = count - r
+    size, weight = _of(image, given.size, (count,)), _of(image, given.weight, (count,))
+    new_size = _of(image, given.new_size, (left,))
+    rows, source, target = np.empty(left, np.int64), np.empty(r, np.int64), np.empty(r, np.int64)
+    share, total = np.empty(r, np.float32), np.empty(left, np.float32)
+    one = np.float32(1.0)
+    first = _seat(ranked, given, rows)
+    for i in range(left):
+        new_size[i] = size[rows[i]] if size.shape[0] else one
+        total[i] = new_size[i] * (weight[rows[i]] if weight.shape[0] else one)
+    for i in range(r):
+        source[i] = given.first_even + 2 * ranked[i]
+        target[i] = first + partner[ranked[i]]
+        own = size[source[i]] if size.shape[0] else one
+        share[i] = own * (weight[source[i]] if weight.shape[0] else one)
+        new_size[target[i]] += own
+        total[target[i]] += share[i]
+    for i in range(r):
+        share[i] /= total[target[i]]
+    x, merged = _of(image, given.x, (count, channels)), _of(image, given.new_x, (left, channels))
+    _join(x, rows, source, target, share, given.norm, merged)
+    place, new_place = _of(image, given.place, (count, 2)), _of(image, given.new_place, (left, 2))
+    if place.shape[0] and given.centroid:
+        _join(place, rows, source, target, share, 0, new_place)
+    elif place.shape[0]:
+        for i in range(left):
+            for c in range(2):
+                new_place[i, c] = place[rows[i], c]
 
 
 @_compiled
 def step(given: Any) -> None:
-    """As ``matching.choose_edges``, and then ``joining.merge``.
+    """A merge, as the tensor functions do it one after the other.
+
+    These are ``on_cpu.mean_over_heads``, ``matching.similarity``, ``matching.choose_edges`` and
+    ``joining.merge``. A feature is [B, H, N, d], of any strides but that those of d stand side by
+    side; a penalty [B, a, b] is subtracted from the scores; ``order`` [B, a] and ``destination``
+    [B, r], int64, are those of ``matching.Choice``; all else is float32, of the shapes that these
+    functions name, and contiguous.
 
     Args:
-        given: a counter; B, N, C, a, b, r, p; positions of the first patch token at an even
-            position and at an odd one; whether edges are taken in rounds, one from each tile per
-            round; the norm, of :data:`NORMS`; whether a merged token stands at the weighted mean
-            of the places. Addresses, 0 for none: scores [B, a, b], a bonus for each even token's
-            edge [B, a], tiles of the even [B, a] and of the odd tokens [B, b]; tokens [B, N, C],
-            sizes [B, N], places [B, N, 2], weights [B, N]; what is filled in: tokens
-            [B, N - r, C], sizes [B, N - r], places [B, N - r, 2], and as int64 the even tokens by
-            rank [B, a] and the odd ones that the first r of them join [B, r].
+        given: all of :data:`GIVEN`.
     """
-    batch, count, channels, evens = given[1], given[2], given[3], given[4]
-    odds, r, prefix, even_at, odd_at = given[5], given[6], given[7], given[8], given[9]
-    left = count - r
-    pairs, bonus = _numbers(given[13], (batch, evens, odds)), _numbers(given[14], (batch, evens))
-    even_tiles, odd_tiles = _numbers(given[15], (batch, evens)), _numbers(given[16], (batch, odds))
-    x, size = _numbers(given[17], (batch, count, channels)), _numbers(given[18], (batch, count))
-    place, weight = _numbers(given[19], (batch, count, 2)), _numbers(given[20], (batch, count))
-    merged = _numbers(given[21], (batch, left, channels))
-    new_size, new_place = _numbers(given[22], (batch, left)), _numbers(given[23], (batch, left, 2))
-    order = numba.carray(_integers(given[24]), (batch, evens))
-    destination = numba.carray(_integers(given[25]), (batch, r))
-    partner, rows = np.empty(evens, np.int64), np.empty(left, np.int64)
-    source, target = np.empty(r, np.int64), np.empty(r, np.int64)
-    share, total = np.empty(r, np.float32), np.empty(left, np.float32)
-    one, none = np.float32(1.0), np.empty(0, np.float32)
-    image = _next_share(given)
-    while image < batch:
-        ranked = _choose(
-            pairs[image],
-            bonus[image] if bonus.shape[0] else none,
-            even_tiles[image] if even_tiles.shape[0] else none,
-            odd_tiles[image] if odd_tiles.shape[0] else none,
-            given[10],
-            partner,
-        )
-        first = _seat(ranked, r, prefix, even_at, odd_at, rows)
-        for i in range(evens):
-            order[image, i] = ranked[i]
-        for i in range(left):
-            new_size[image, i] = size[image, rows[i]] if size.shape[0] else one
-            total[i] = new_size[image, i] * (weight[image, rows[i]] if weight.shape[0] else one)
-        for i in range(r):
-            destination[image, i] = partner[ranked[i]]
-            source[i] = even_at + 2 * ranked[i]
-            target[i] = first + partner[ranked[i]]
-            own = size[image, source[i]] if size.shape[0] else one
-            share[i] = own * (weight[image, source[i]] if weight.shape[0] else one)
-            new_size[image, target[i]] += own
-            total[target[i]] += share[i]
-        for i in range(r):
-            share[i] /= total[target[i]]
-        _join(x[image], rows, source, target, share, given[11], merged[image])
-        if place.shape[0] and given[12]:
-            _join(place[image], rows, source, target, share, 0, new_place[image])
-        elif place.shape[0]:
-            for i in range(left):
-                for c in range(2):
-                    new_place[image, i, c] = place[image, rows[i], c]
-        image = _next_share(given)
+    one = carray(given, 1)[0]
+    partner = np.empty(one.evens, np.int64)
+    image = _next_image(given)
+    while image < one.images:
+        ranked = _match(image, one, partner)
+        if one.order:
+            order = carray(_integers(one.order + 8 * image * one.evens), (one.evens,))
+            destination = carray(_integers(one.destination + 8 * image * one.r), (one.r,))
+            for i in range(one.evens):
+                order[i] = ranked[i]
+            for i in range(one.r):
+                destination[i] = partner[ranked[i]]
+        _merge(image, one, ranked, partner)
+        image = _next_image(given)

@@ -30,13 +30,13 @@ PARALLEL, ALONE = _parallel(), ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def run(loop: Any, *numbers: int, shares: int) -> None:
-    """Let all threads of torch, where they help, call a loop until nothing is left to do.
+    """Let threads call a loop until nothing is left to do.
 
     Args:
-        loop: of :mod:`~dsm_tune.merging.loops`; called with the address of a counter that is 0,
-            and the numbers behind it, as int64.
+        loop: of :mod:`~dsm_tune.merging.loops`; called by each thread with the same address, that
+            of a counter, 0 at first, with the numbers behind it, as int64.
         *numbers: sizes, and addresses of memory that lives until the loop returns.
-        shares: that the work consists of; one is done by the thread that calls.
+        shares: that the work consists of; one alone is done by the thread that calls.
     """
     given = array("q", (0, *numbers))
     address = given.buffer_info()[0]

@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 __all__ = ["GIVEN", "NORMS", "step"]
 
 NORMS = {"free": 0, "mean": 1, "largest": 2}
-REGISTER = 16  # float32 numbers in the widest one
+FOUR, REGISTER = 4, 16  # even tokens multiplied at once; float32 numbers in the widest register
 WIDE = {"contract", "reassoc", "nsz"}  # what lets sums use wide registers
 part = njit(nogil=True, fastmath=WIDE)  # of the loop; compiled with it
 
@@ -113,22 +113,26 @@ def _unit_mean(memory: Any, at: Any, to_head: Any, heads: Any, unit: Any) -> Non
 
 
 @part
-def _products(one: Any, others: Any, found: Any) -> None:
-    """Fill in the products [b] of a row [d] with the columns of [d, b]."""
-    width, columns = others.shape
+def _products(rows: Any, columns: Any, found: Any) -> None:
+    """Fill in the products [4, b] of four rows [4, d] with the columns of [d, b]; d by fours.
+
+    Sixteen multiply-adds for four numbers that are read: one by one, reading is what takes long.
+    """
     found[:] = 0.0
-    whole = width - width % 4
-    for d in range(0, whole, 4):
-        first, second, third, fourth = others[d], others[d + 1], others[d + 2], others[d + 3]
-        for b in range(columns):
-            found[b] += (
-                one[d] * first[b] + one[d + 1] * second[b]
-                + one[d + 2] * third[b] + one[d + 3] * fourth[b]
-            )  # fmt: skip
-    for d in range(whole, width):
-        last = others[d]
-        for b in range(columns):
-            found[b] += one[d] * last[b]
+    w, x, y, z = found[0], found[1], found[2], found[3]
+    for d in range(0, columns.shape[0], 4):
+        first, second, third, fourth = columns[d], columns[d + 1], columns[d + 2], columns[d + 3]
+        # Read here, since for all that the compiler knows the loop writes to them.
+        w0, w1, w2, w3 = rows[0, d], rows[0, d + 1], rows[0, d + 2], rows[0, d + 3]
+        x0, x1, x2, x3 = rows[1, d], rows[1, d + 1], rows[1, d + 2], rows[1, d + 3]
+        y0, y1, y2, y3 = rows[2, d], rows[2, d + 1], rows[2, d + 2], rows[2, d + 3]
+        z0, z1, z2, z3 = rows[3, d], rows[3, d + 1], rows[3, d + 2], rows[3, d + 3]
+        for b in range(columns.shape[1]):
+            i, j, k, m = first[b], second[b], third[b], fourth[b]
+            w[b] += w0 * i + w1 * j + w2 * k + w3 * m
+            x[b] += x0 * i + x1 * j + x2 * k + x3 * m
+            y[b] += y0 * i + y1 * j + y2 * k + y3 * m
+            z[b] += z0 * i + z1 * j + z2 * k + z3 * m
 
 
 @njit(nogil=True, fastmath={*WIDE, "nnan"})
@@ -181,20 +185,23 @@ def _match(image: Any, given: Any, partner: Any) -> Any:
         _of(image, given.even_tiles, (evens,)),
         _of(image, given.odd_tiles, (odds,)),
     )
-    one, row = np.empty(width, np.float32), np.empty(-(odds // -REGISTER) * REGISTER, np.float32)
-    others = np.zeros((width, row.shape[0]), np.float32)
+    deep, wide = -(width // -FOUR) * FOUR, -(odds // -REGISTER) * REGISTER
+    columns, one = np.zeros((deep, wide), np.float32), np.empty(width, np.float32)
     for b in range(odds):
         at = (given.first_odd + 2 * b) * given.to_token
         _unit_mean(feature, at, given.to_head, given.heads, one)
         for d in range(width):
-            others[d, b] = one[d]
+            columns[d, b] = one[d]
+    rows, found = np.zeros((FOUR, deep), np.float32), np.empty((FOUR, wide), np.float32)
     worst = np.empty(evens, np.float32)  # the score, negated: a stable sort is ascending
     crosses = np.zeros(evens, np.bool_)
-    scores = row[:odds]
     for a in range(evens):
-        at = (given.first_even + 2 * a) * given.to_token
-        _unit_mean(feature, at, given.to_head, given.heads, one)
-        _products(one, others, row)
+        if a % FOUR == 0:
+            for i in range(min(FOUR, evens - a)):
+                at = (given.first_even + 2 * (a + i)) * given.to_token
+                _unit_mean(feature, at, given.to_head, given.heads, rows[i, :width])
+            _products(rows, columns, found)
+        scores = found[a % FOUR, :odds]
         if penalty.shape[0]:
             for b in range(odds):
                 scores[b] -= penalty[a, b]

@@ -45,7 +45,7 @@ Times = dict[str, list[float]]
 QUICK = "dense, oneDNN"
 # Also where the others run in ONNX Runtime.
 STAY_EAGER = ("dense, eager", QUICK, "ToMe, eager", "ToMe, plain loop")
-REST = 0.05  # seconds for torch's threads to stop waiting for work, beside another library's
+REST = 0.05  # seconds for a library's threads to stop waiting for work, beside another's
 
 
 def slice_floor(model: Any, plan: MergePlan) -> Forward:
@@ -222,6 +222,8 @@ def measure(calls: dict[str, Callable[[], object]], x: Tensor, seconds: float) -
     start = time.monotonic()
     while time.monotonic() - start < seconds or len(found["dense"]) < 7:
         for name, call in warm.items():
+            if name in STAY_EAGER:
+                time.sleep(REST)
             found[name].append(call().ms)
             if name in STAY_EAGER:
                 time.sleep(REST)

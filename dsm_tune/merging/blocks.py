@@ -86,11 +86,18 @@ class MergedBlocks(nn.Sequential):
             return tokens.having(
                 block(tokens.x) if self.is_dense else backbone.run(block, tokens.x)
             )
-        x, parts = backbone.attend(block, tokens.x, log_size)
-        tokens = tokens.having(x)
-        if step is not None:
-            tokens = self.take_step(tokens, step, parts, log_size)
+        tokens = self._attend(tokens, index, log_size)
         return tokens.having(backbone.feed_forward(block, tokens.x))
+
+    def _attend(self, tokens: Tokens, index: int, log_size: Tensor | None) -> Tokens:
+        """The attention half of a block, and its step.
+
+        What they needed is free when it returns: the MLP half finds that memory in the caches.
+        """
+        x, parts = backbone.attend(self[index], tokens.x, log_size)
+        tokens = tokens.having(x)
+        step = self.steps.get(index)
+        return tokens if step is None else self.take_step(tokens, step, parts, log_size)
 
     def take_step(
         self, tokens: Tokens, step: Step, parts: backbone.Projections, log_size: Tensor | None

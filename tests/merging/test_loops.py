@@ -1,10 +1,11 @@
-"""Compiled loops give what the tensor functions give, which have the laws."""
+"""The compiled loop gives what the tensor functions give, which have the laws."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import hypothesis.strategies as st
@@ -14,9 +15,9 @@ from hypothesis import given
 from small_vits import images_for, plan_for, small_vit
 from torch import Tensor
 
-from dsm_tune.merging import compiled
+from dsm_tune.merging import compiled, team
 from dsm_tune.merging.joining import Tokens, merge
-from dsm_tune.merging.matching import choose_edges, halves, unit
+from dsm_tune.merging.matching import choose_edges, halves, similarity
 from dsm_tune.merging.merged import merged
 
 pytest.importorskip("numba", reason="without numba, torch's operators take the steps")
@@ -31,18 +32,29 @@ def drawn(seed: int, *shape: int, levels: int = 0) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
+def exact_features(seed: int, *shape: int) -> Tensor:
+    """Features [B, N, H, d] with exact similarities, and the more equal ones the smaller d is.
+
+    H is 1, 2 or 4 and d a power of 4, so that all means, lengths and products are exact.
+    """
+    batch, count, heads, width = shape
+    signs = drawn(seed, batch, count, 1, width, levels=2) * 2 - 1
+    return signs * torch.tensor([1.0, 3.0, 1.0, 3.0][:heads]).unsqueeze(1)
+
+
 @torch.no_grad()
 @given(
     seed=seeds, batch=st.integers(1, 3), prefix=st.integers(0, 4), patches=st.integers(2, 60),
-    levels=st.sampled_from([0, 1, 3]), kinds=st.sampled_from([0, 1, 4]),
-    flags=st.tuples(*[st.booleans()] * 6),
+    width=st.sampled_from([1, 4, 16, 64]), levels=st.sampled_from([0, 3]),
+    kinds=st.sampled_from([0, 1, 4]),
+    flags=st.tuples(*[st.booleans()] * 7),
     norm=st.sampled_from(["free", "mean", "largest"]), data=st.data(),
 )  # fmt: skip
 def test_the_same_edges_merge_into_the_same_tokens(
-    seed: int, batch: int, prefix: int, patches: int, levels: int, kinds: int,
+    seed: int, batch: int, prefix: int, patches: int, width: int, levels: int, kinds: int,
     flags: tuple[bool, ...], norm: str, data: st.DataObject,
 ) -> None:  # fmt: skip
-    has_bonus, equal, sized, weighed, centroid, placed = flags
+    has_bonus, equal, sized, weighed, centroid, placed, penalised = flags
     count = prefix + patches
     x = drawn(seed, batch, count, 5)
     tokens = Tokens(
@@ -53,7 +65,7 @@ def test_the_same_edges_merge_into_the_same_tokens(
     )
     evens, odds = (half.shape[1] for half in halves(x, prefix))
     r = data.draw(st.integers(1, evens))  # a step that removes nothing is none
-    scores = drawn(seed + 3, batch, evens, odds, levels=levels)
+    feature = exact_features(seed + 3, batch, count, 2, width).transpose(1, 2)
     weight = drawn(seed + 4, batch, count).abs() + 0.1 if weighed else None
     tiles = None
     if kinds:
@@ -62,22 +74,26 @@ def test_the_same_edges_merge_into_the_same_tokens(
             drawn(seed + 6, batch, odds, levels=kinds),
         )
     bonus = drawn(seed + 7, batch, evens, levels=levels) if has_bonus else None
+    penalty = drawn(seed + 8, batch, evens, odds, levels=levels) if penalised else None
     chosen_by: dict[str, Any] = {"bonus": bonus, "tiles": tiles, "equal_quota": equal}
     joined_by: dict[str, Any] = {"weight": weight, "norm": norm, "centroid": centroid}
 
+    scores = similarity(feature.mean(dim=1), prefix) - (0 if penalty is None else penalty)
     plain = merge(tokens, choose_edges(scores, r, **chosen_by), prefix, **joined_by)
     assert compiled.suits(x)
-    loops = compiled.merge_best(tokens, scores, r, prefix, **chosen_by, **joined_by)
+    loop = compiled.merge_best(
+        tokens, feature, r, prefix, penalty=penalty, **chosen_by, **joined_by
+    )
 
-    assert torch.equal(loops.origin, plain.origin)  # the same edges, in the same order
-    assert torch.equal(loops.size, plain.size)
-    torch.testing.assert_close(loops.x, plain.x, atol=1e-5, rtol=1e-5)
+    assert torch.equal(loop.origin, plain.origin)  # the same edges, in the same order
+    assert torch.equal(loop.size, plain.size)
+    torch.testing.assert_close(loop.x, plain.x, atol=1e-5, rtol=1e-5)
     if placed:
-        torch.testing.assert_close(loops.place, plain.place, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(loop.place, plain.place, atol=1e-5, rtol=1e-5)
     before = {tuple(row.tolist()) for row in x.flatten(0, 1)}
     alone = before & {tuple(row.tolist()) for row in plain.x.flatten(0, 1)}
     # What nothing joins keeps its bits.
-    assert alone <= {tuple(row.tolist()) for row in loops.x.flatten(0, 1)}
+    assert alone <= {tuple(row.tolist()) for row in loop.x.flatten(0, 1)}
 
 
 @given(seed=seeds, where=st.integers(0, 35), has_tiles=st.booleans())
@@ -85,11 +101,11 @@ def test_the_same_edges_merge_into_the_same_tokens(
 def test_numbers_that_are_none_still_make_a_partition(
     seed: int, where: int, has_tiles: bool
 ) -> None:
-    scores = drawn(seed, 1, 6, 6)
-    scores.view(-1)[where:] = torch.nan
+    feature = drawn(seed, 1, 1, 12, 3)
+    feature.view(-1)[where:] = torch.nan
     tiles = (drawn(seed, 1, 6, levels=2), drawn(seed, 1, 6, levels=2)) if has_tiles else None
     tokens = Tokens(drawn(seed, 1, 12, 3), origin=torch.arange(12)[None])
-    left = compiled.merge_best(tokens, scores, 4, 0, tiles=tiles)
+    left = compiled.merge_best(tokens, feature, 4, 0, tiles=tiles)
     assert left.size is not None
     assert left.origin is not None
     assert left.size.sum() == 12
@@ -97,23 +113,78 @@ def test_numbers_that_are_none_still_make_a_partition(
 
 
 @given(
-    seed=seeds, batch=st.integers(1, 3), heads=st.integers(1, 4), count=st.integers(1, 9),
-    width=st.integers(1, 20), which=st.integers(0, 2),
-    layout=st.sampled_from(["qkv", "own", "turned"]),
+    seed=seeds, batch=st.integers(1, 3), heads=st.sampled_from([1, 2, 4]),
+    count=st.integers(2, 40), width=st.sampled_from([1, 4, 16]), which=st.integers(0, 2),
+    layout=st.sampled_from(["qkv", "own", "turned", "one for all"]),
 )  # fmt: skip
 @torch.no_grad()
-def test_unit_means_are_those_of_the_tensor_functions(
+def test_features_may_lie_in_memory_as_they_like(
     seed: int, batch: int, heads: int, count: int, width: int, which: int, layout: str
 ) -> None:
-    x = drawn(seed, batch, count, 3, heads, width).permute(2, 0, 3, 1, 4)[which]
-    x[:, :, 0] = 0  # of no direction
+    three = [exact_features(seed + i, batch, count, heads, width) for i in range(3)]
+    feature = torch.stack(three, dim=2).permute(2, 0, 3, 1, 4)[which]
+    feature[:, :, 0] = 0  # of no direction
     if layout == "own":
-        x = x.contiguous()
+        feature = feature.contiguous()
     elif layout == "turned":
-        x = x.transpose(2, 3).contiguous().transpose(2, 3)
-    found = compiled.unit_mean(x)
-    torch.testing.assert_close(found, unit(x.mean(dim=1)), atol=1e-5, rtol=1e-5)
-    assert not found[:, 0].any()
+        feature = feature.transpose(2, 3).contiguous().transpose(2, 3)
+    elif layout == "one for all":
+        feature = feature[:1].expand(batch, -1, -1, -1)
+    tokens = Tokens(drawn(seed, batch, count, 3), origin=torch.arange(count).repeat(batch, 1))
+    found = compiled.merge_best(tokens, feature, 1, 0)
+    plain = merge(tokens, choose_edges(similarity(feature.mean(dim=1), 0), 1), 0)
+    assert torch.equal(found.origin, plain.origin)
+
+
+@torch.no_grad()
+def test_similarities_are_those_of_the_tensor_functions_but_for_rounding() -> None:
+    feature, x = drawn(0, 1, 3, 101, 37), drawn(1, 1, 101, 4)
+    scores = similarity(feature.mean(dim=1), 1)
+    best, partner = scores.max(dim=2)
+    assert scores.topk(2).values.diff(dim=2).abs().min() > 1e-5  # no rounding changes an edge
+    assert best.sort().values.diff().min() > 1e-6
+    tokens = Tokens(x, origin=torch.arange(101)[None])
+    for r in (1, 7, 50):
+        plain = merge(tokens, choose_edges(scores, r), 1)
+        assert torch.equal(compiled.merge_best(tokens, feature, r, 1).origin, plain.origin)
+    assert partner.unique().numel() > 10
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@torch.no_grad()
+def test_threads_share_images_and_none_is_left_out(threads: int) -> None:
+    x, feature = drawn(0, 23, 41, 6), drawn(1, 23, 3, 41, 8)
+    alone = [
+        compiled.merge_best(Tokens(one[None]), two[None], 9, 1)
+        for one, two in zip(x, feature, strict=True)
+    ]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = compiled.merge_best(Tokens(x), feature, 9, 1)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found.x, torch.cat([one.x for one in alone]))  # bit by bit
+
+
+def test_python_s_threads_may_merge_at_once() -> None:
+    x, feature = drawn(0, 4, 41, 6), drawn(1, 4, 3, 41, 8)
+
+    @torch.no_grad()
+    def merge_it(_: int) -> Tensor:
+        return compiled.merge_best(Tokens(x), feature, 9, 1).x
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(merge_it, range(40))
+    assert all(torch.equal(one, first) for one in others)
+
+
+@torch.no_grad()
+def test_without_a_team_one_thread_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, feature = drawn(0, 3, 21, 6), drawn(1, 3, 3, 21, 8)
+    with_team = compiled.merge_best(Tokens(x), feature, 5, 1)
+    monkeypatch.setattr(team, "PARALLEL", None)
+    assert torch.equal(compiled.merge_best(Tokens(x), feature, 5, 1).x, with_team.x)
 
 
 @torch.no_grad()

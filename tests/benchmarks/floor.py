@@ -27,11 +27,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsm_tune.measuring.memory import keep_freed_memory
-from dsm_tune.merging import compiled, on_cpu
+from dsm_tune.merging import on_cpu, team
 
 KINDS = {
     "products": ("mkldnn", "addmm", "bmm", "mm", "baddbmm", "convolution", "linear"),
-    "loops": ("loops",),
+    "loop": ("loop",),
     "attention": ("scaled_dot", "flash", "efficient"),
     "norm, gelu": ("native_layer_norm", "gelu"),
     "choosing": ("sort", "max", "topk", "gather", "scatter", "linalg_vector_norm", "clamp"),
@@ -89,23 +89,19 @@ def rates() -> tuple[float, float, float]:
 
 
 @contextmanager
-def seen_loops() -> Iterator[None]:
-    """Lets the profiler see the compiled loops."""
-    loops = compiled._loops()
-    names = ("unit_mean", "step")
-    plain = {name: getattr(loops, name) for name in names}
-    for name, loop in plain.items():
-        setattr(loops, name, record_function(f"loops {name}")(loop))
+def seen_loop() -> Iterator[None]:
+    """Lets the profiler see the compiled loop."""
+    plain = team.run
+    team.run = record_function("loop")(plain)
     try:
         yield
     finally:
-        for name, loop in plain.items():
-            setattr(loops, name, loop)
+        team.run = plain
 
 
 def shares(call: Callable[[], object]) -> tuple[float, Counter[str]]:
     """Calls of a forward, and the part of its time that each kind takes by itself."""
-    with seen_loops(), profile(activities=[ProfilerActivity.CPU]) as seen:
+    with seen_loop(), profile(activities=[ProfilerActivity.CPU]) as seen:
         for _ in range(ROUNDS):
             call()
     took: Counter[str] = Counter()

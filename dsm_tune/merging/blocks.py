@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.errors import ModelError, PlanError
-from dsm_tune.merging import backbone, compiled, dropping, matching, scores
+from dsm_tune.merging import backbone, compiled, dropping, scores
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.plan import MergePlan, Step
 
@@ -107,10 +107,7 @@ class MergedBlocks(nn.Sequential):
         if step.block <= self.last_local and tokens.place is None:
             tokens = dataclasses.replace(tokens, place=self._places(tokens.x))
         if step.kind == "merge":
-            received = None
-            if options.needs_attention:
-                received = scores.attention_to(options.attention, parts, log_size)
-            return self._merge(tokens, step, parts, received)
+            return self._merge(tokens, step, parts, log_size)
         worth = scores.worth_of(
             options, parts, log_size, prefix, lambda: self._feature(tokens, step, parts)
         )
@@ -127,38 +124,15 @@ class MergedBlocks(nn.Sequential):
         return numbers.to(tokens.x.dtype).expand(tokens.x.shape[0], -1, -1)
 
     def _merge(
-        self, tokens: Tokens, step: Step, parts: backbone.Projections, received: Tensor | None
+        self, tokens: Tokens, step: Step, parts: backbone.Projections, log_size: Tensor | None
     ) -> Tokens:
-        options, prefix = self.plan.matching, self.plan.geometry.prefix
+        options = self.plan.matching
         if options.feature in ("k", "q", "v"):
             feature = getattr(parts, options.feature)
         else:
             feature = self._feature(tokens, step, parts).unsqueeze(1)
-        penalty = None
-        if options.size_penalty and tokens.size is not None:
-            penalty = scores.size_penalty(tokens.size, prefix, options.size_penalty)
-        bonus = weight = None
-        if received is not None and options.attention_weight:
-            # Relative to the mean, and bounded, so that no power makes all weights vanish.
-            weight = (received * received.shape[1]).clamp(min=1e-3) ** options.attention_weight
-        if received is not None and options.salience:
-            bonus = matching.halves(received, prefix)[0] * (-options.salience * received.shape[1])
-        tiles = None
-        if step.window and tokens.place is not None:
-            even, odd = matching.halves(tokens.place, prefix)
-            tiles = matching.tile(even, step.window), matching.tile(odd, step.window)
-        result = compiled.merge_best(
-            tokens,
-            feature,
-            step.r,
-            prefix,
-            penalty=penalty,
-            bonus=bonus,
-            tiles=tiles,
-            equal_quota=options.quota == "equal",
-            weight=weight,
-            norm=options.norm,
-            centroid=options.position == "centroid",
+        result = compiled.merge_step(
+            tokens, feature, parts, log_size, step, options, self.plan.geometry.prefix
         )
         if result.place is None or step.block < self.last_local:
             return result

@@ -1,4 +1,4 @@
-"""A merge, the quickest way there is: one compiled loop on a CPU, eager.
+"""A merge step, the quickest way there is: one compiled loop on a CPU, eager.
 
 It is in :mod:`~dsm_tune.merging.loops`, which is imported when the first tokens merge, and takes
 the place of some fifty operators. Elsewhere the tensor functions do it.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+from array import array
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsm_tune.merging import on_cpu, team
+from dsm_tune.merging import matching, on_cpu, scores, team
+from dsm_tune.merging.backbone import Projections
 from dsm_tune.merging.joining import Tokens, follow, merge, positions
-from dsm_tune.merging.matching import Choice, choose_edges, first_positions, similarity
+from dsm_tune.plan import Matching, Step
 
-__all__ = ["merge_best", "suits"]
+__all__ = ["by_operators", "merge_step", "suits"]
 
 
 @functools.cache
@@ -36,47 +38,84 @@ def suits(x: Tensor) -> bool:
     return on_cpu.suits(x) and _loops() is not None
 
 
-def merge_best(
+def merge_step(
     tokens: Tokens,
     feature: Tensor,
-    r: int,
+    parts: Projections,
+    log_size: Tensor | None,
+    step: Step,
+    options: Matching,
     prefix: int,
-    *,
-    penalty: Tensor | None = None,
-    bonus: Tensor | None = None,
-    tiles: tuple[Tensor, Tensor] | None = None,
-    equal_quota: bool = True,
-    weight: Tensor | None = None,
-    norm: str = "free",
-    centroid: bool = False,
 ) -> Tokens:
-    """What ``similarity``, ``choose_edges`` and ``merge`` give, one after the other.
+    """Match and merge the tokens of a block, after its attention half.
 
     Args:
-        tokens: N tokens.
+        tokens: N tokens, with places if the step has a window.
         feature: [B, H, N, d], whose mean over heads tokens are compared by.
-        r: edges that merge, at least 1.
+        parts: projections of the block, for the attention that tokens receive.
+        log_size: [B, N] or ``None``, as the block's attention had it.
+        step: merges; at least one token leaves.
+        options: of the plan.
         prefix: p.
-        penalty: [B, a, b] or ``None``, subtracted from the similarity.
-        bonus: as of :func:`~dsm_tune.merging.matching.choose_edges`, like ``tiles`` and
-            ``equal_quota``.
-        tiles: [B, a] and [B, b], or ``None``.
-        equal_quota: with tiles, whether edges are taken in rounds.
-        weight: as of :func:`~dsm_tune.merging.joining.merge`, like ``norm`` and ``centroid``.
-        norm: ``free``, ``mean`` or ``largest``.
-        centroid: whether a merged token stands at the weighted mean of the places.
+
+    Returns:
+        N - r tokens.
     """
-    if not suits(tokens.x):
-        scores = similarity(on_cpu.mean_over_heads(feature), prefix)
-        scores = scores if penalty is None else scores - penalty
-        choice = choose_edges(scores, r, bonus=bonus, tiles=tiles, equal_quota=equal_quota)
-        return merge(tokens, choice, prefix, weight=weight, norm=norm, centroid=centroid)
+    do = _by_loop if suits(tokens.x) else by_operators
+    return do(tokens, feature, parts, log_size, step, options, prefix)
+
+
+def by_operators(
+    tokens: Tokens,
+    feature: Tensor,
+    parts: Projections,
+    log_size: Tensor | None,
+    step: Step,
+    options: Matching,
+    prefix: int,
+) -> Tokens:
+    """The same by the tensor functions."""
+    pairs = matching.similarity(on_cpu.mean_over_heads(feature), prefix)
+    if options.size_penalty and tokens.size is not None:
+        pairs = pairs - scores.size_penalty(tokens.size, prefix, options.size_penalty)
+    tiles = bonus = weight = None
+    if step.window and tokens.place is not None:
+        even, odd = matching.halves(tokens.place, prefix)
+        tiles = matching.tile(even, step.window), matching.tile(odd, step.window)
+    if options.needs_attention:
+        received = scores.attention_to(options.attention, parts, log_size)
+        if options.salience:
+            even = matching.halves(received, prefix)[0]
+            bonus = even * (-options.salience * received.shape[1])
+        if options.attention_weight:
+            weight = scores.attention_weight(received, options.attention_weight)
+    choice = matching.choose_edges(
+        pairs, step.r, bonus=bonus, tiles=tiles, equal_quota=options.quota == "equal"
+    )
+    centroid = options.position == "centroid"
+    return merge(tokens, choice, prefix, weight=weight, norm=options.norm, centroid=centroid)
+
+
+def _by_loop(
+    tokens: Tokens,
+    feature: Tensor,
+    parts: Projections,
+    log_size: Tensor | None,
+    step: Step,
+    options: Matching,
+    prefix: int,
+) -> Tokens:
     # What is called here stands between a step and its work: a forward of one image feels it.
-    (batch, count, channels), loops = tokens.x.shape, _loops()
-    even, odd = first_positions(prefix)
+    (batch, count, channels), loops, r = tokens.x.shape, _loops(), step.r
+    even, odd = matching.first_positions(prefix)
     evens, odds, left = (count - even + 1) // 2, (count - odd + 1) // 2, count - r
-    if feature.stride(3) != 1:
-        feature = feature.contiguous()
+    feature, query, key, received = _in_rows(feature), None, parts.k, None
+    if options.needs_attention and options.attention == "class":
+        query, key = _in_rows(parts.q), _in_rows(key)
+        if query.stride() != key.stride():
+            query, key = query.contiguous(), key.contiguous()
+    elif options.needs_attention:
+        received = scores.attention_to(options.attention, parts, log_size)
     x, size = tokens.x.new_empty(batch, left, channels), tokens.x.new_empty(batch, left)
     place = order = destination = None
     if tokens.place is not None:
@@ -84,18 +123,34 @@ def merge_best(
     if tokens.origin is not None:
         order = torch.empty(batch, evens, dtype=torch.int64)
         destination = torch.empty(batch, r, dtype=torch.int64)
-    given = (penalty, bonus, *(tiles or (None, None)), tokens.x, tokens.size, tokens.place, weight)
-    given = tuple(None if one is None else one.contiguous() for one in given)
+    given = [log_size, received, tokens.x, tokens.size, tokens.place]
+    given = [None if one is None else one.contiguous() for one in given]
+    factors = array(
+        "d", (options.size_penalty, options.salience, options.attention_weight, parts.scale)
+    )
     team.run(
-        loops.step, batch, count, channels, feature.shape[1], feature.shape[3],
-        *feature.stride()[:3], evens, odds, r, prefix, even, odd,
-        equal_quota, loops.NORMS[norm], centroid,
-        *map(_address, (feature, *given, x, size, place, order, destination)), shares=batch,
+        loops.step, batch, count, channels, *_side_by_side(feature), *_side_by_side(key),
+        evens, odds, r, prefix, even, odd, step.window or 0, options.quota == "equal",
+        loops.NORMS[options.norm], options.position == "centroid", factors.buffer_info()[0],
+        *map(_address, (feature, query, key, *given, x, size, place, order, destination)),
+        shares=batch,
     )  # fmt: skip
     origin = tokens.origin
     if order is not None and destination is not None and origin is not None:
-        origin = follow(origin, positions(Choice(order, destination), count, prefix))
+        choice = matching.Choice(order, destination)
+        origin = follow(origin, positions(choice, count, prefix))
     return Tokens(x, size, place, origin)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """[B, H, N, d] with the numbers of d side by side."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _side_by_side(x: Tensor) -> tuple[int, ...]:
+    """Of [B, H, N, d]: H and d; how far it is to the next image, head and token."""
+    _, heads, _, width = x.shape
+    return heads, width, *x.stride()[:3]
 
 
 def _address(x: Tensor | None) -> int:

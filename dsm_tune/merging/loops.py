@@ -4,7 +4,8 @@ It does exactly what the tensor functions do that it names, which are its oracle
 may differ by rounding. Threads share one record of numbers, the first of which counts the images
 that were taken; what becomes of an image does not depend on who takes it. An array of no elements
 stands for ``None``. numba keeps the machine code beside this file, or in the user's cache folder,
-so that it is made once per machine.
+so that it is made once per machine; whether it is stale it sees by this file alone, which is why
+all is here.
 
 Letters in shapes are those of :mod:`~dsm_tune.merging.matching`.
 """
@@ -19,22 +20,29 @@ import numpy as np
 from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
-__all__ = ["GIVEN", "NORMS", "step"]
+from dsm_tune.merging.matching import PLACE_TOLERANCE
+from dsm_tune.merging.scores import LEAST_SHARE
+
+__all__ = ["FACTORS", "GIVEN", "NORMS", "step"]
 
 NORMS = {"free": 0, "mean": 1, "largest": 2}
 FOUR, REGISTER = 4, 16  # even tokens multiplied at once; float32 numbers in the widest register
+TOLERANCE, LEAST = np.float32(PLACE_TOLERANCE), np.float32(LEAST_SHARE)
 WIDE = {"contract", "reassoc", "nsz"}  # what lets sums use wide registers
 part = njit(nogil=True, fastmath=WIDE)  # of the loop; compiled with it
 
-# What the loop is given, in order, each as int64; what follows `feature` is an address, 0 for none.
+# What the loop is given, in order, each as int64; what follows `factors` is an address, 0 for none.
 GIVEN = (
-    *("taken", "images", "tokens", "channels", "heads", "width"),
-    *("to_image", "to_head", "to_token"),  # from a number of the feature to the same one there
+    *("taken", "images", "tokens", "channels"),
+    *("heads", "width", "to_image", "to_head", "to_token"),  # of the feature, and how far it is to
+    *("key_heads", "key_width", "key_to_image", "key_to_head", "key_to_token"),  # the next one
     *("evens", "odds", "r", "prefix", "first_even", "first_odd"),
-    *("equal_quota", "norm", "centroid"),
-    *("feature", "penalty", "bonus", "even_tiles", "odd_tiles", "x", "size", "place", "weight"),
+    *("window", "equal_quota", "norm", "centroid"),
+    *("factors", "feature", "query", "key", "log_size", "received", "x", "size", "place"),
     *("new_x", "new_size", "new_place", "order", "destination"),  # filled in
 )
+# What is at `factors`, in order, float64.
+FACTORS = ("size_penalty", "salience", "attention_weight", "scale")
 NUMBERS: Any = types.CPointer  # of a kind
 RECORD = types.Record.make_c_struct([(name, types.int64) for name in GIVEN])
 
@@ -75,7 +83,7 @@ def _at(kind: Any) -> Any:
     return pointer
 
 
-_floats, _integers = _at(types.float32), _at(types.int64)
+_floats, _doubles, _integers = _at(types.float32), _at(types.float64), _at(types.int64)
 
 
 @part
@@ -85,6 +93,12 @@ def _of(image: Any, address: Any, shape: Any) -> Any:
     for size in shape:
         several *= size
     return carray(_floats(address + several), shape if address else (0, *shape[1:]))
+
+
+@part
+def _factor(given: Any, which: Any) -> Any:
+    """A number of :data:`FACTORS`."""
+    return np.float32(_doubles(given.factors)[which])
 
 
 @part
@@ -174,17 +188,82 @@ def _in_rounds(ranked: Any, tiles: Any, crosses: Any, equal_quota: Any) -> Any:
 
 
 @part
-def _match(image: Any, given: Any, partner: Any) -> Any:
+def _attention(image: Any, given: Any) -> Any:
+    """As ``scores.attention_to`` of an image, [N]; none if none is asked for."""
+    count, width, received = given.tokens, given.key_width, np.empty(0, np.float32)
+    if given.received:
+        received = _of(image, given.received, (count,))
+    if not given.query:
+        return received
+    received, logits = np.zeros(count, np.float32), np.empty(count, np.float32)
+    log_size, scale = _of(image, given.log_size, (count,)), _factor(given, 3)
+    last = (given.key_heads - 1) * given.key_to_head + (count - 1) * given.key_to_token + width
+    queries = carray(_floats(given.query + 4 * image * given.key_to_image), (last,))
+    keys = carray(_floats(given.key + 4 * image * given.key_to_image), (last,))
+    for h in range(given.key_heads):
+        start = h * given.key_to_head
+        query = queries[start : start + width]  # of the class token, which is the first
+        for n in range(count):
+            at = start + n * given.key_to_token
+            key, total = keys[at : at + width], np.float32(0.0)
+            for c in range(width):
+                total += query[c] * key[c]
+            logits[n] = total * scale + (log_size[n] if log_size.shape[0] else np.float32(0.0))
+        largest, total = logits.max(), np.float32(0.0)
+        for n in range(count):
+            logits[n] = np.exp(logits[n] - largest)
+            total += logits[n]
+        total *= np.float32(given.key_heads)
+        for n in range(count):
+            received[n] += logits[n] / total
+    return received
+
+
+@part
+def _penalties(size: Any, beta: Any) -> Any:
+    """As ``scores.size_penalty``, negated, for each pair of sizes that there are.
+
+    Returns:
+        Which of them each token has, [N], and the table, [m, m].
+    """
+    kind, known = np.empty(size.shape[0], np.int64), np.empty(size.shape[0], np.float32)
+    several = 0
+    for n in range(size.shape[0]):
+        inverse, at = np.float32(1.0) / size[n], 0
+        while at < several and known[at] != inverse:
+            at += 1
+        known[at], kind[n] = inverse, at
+        several = max(several, at + 1)
+    table = np.empty((several, several), np.float32)
+    for i in range(several):
+        for j in range(several):
+            table[i, j] = beta * np.log(known[i] + known[j])
+    return kind, table
+
+
+@part
+def _tiles(place: Any, window: Any, first: Any, several: Any) -> Any:
+    """As ``matching.tile``, of every second token from one on; none without places."""
+    tiles = np.empty(several if place.shape[0] and window else 0, np.float32)
+    side = np.float32(window)
+    for i in range(tiles.shape[0]):
+        row, column = place[first + 2 * i, 0], place[first + 2 * i, 1]
+        row, column = np.floor((row + TOLERANCE) / side), np.floor((column + TOLERANCE) / side)
+        tiles[i] = row * np.float32(4096.0) + column
+    return tiles
+
+
+@part
+def _match(image: Any, given: Any, received: Any, partner: Any) -> Any:
     """Rank the even tokens of an image, [a], by their best edges; fill in their partners, [a]."""
-    evens, odds, width = given.evens, given.odds, given.width
-    last = (given.heads - 1) * given.to_head + (given.tokens - 1) * given.to_token + width
+    count, evens, odds, width = given.tokens, given.evens, given.odds, given.width
+    last = (given.heads - 1) * given.to_head + (count - 1) * given.to_token + width
     feature = carray(_floats(given.feature + 4 * image * given.to_image), (last,))
-    penalty = _of(image, given.penalty, (evens, odds))
-    bonus = _of(image, given.bonus, (evens,))
-    even_tiles, odd_tiles = (
-        _of(image, given.even_tiles, (evens,)),
-        _of(image, given.odd_tiles, (odds,)),
-    )
+    place, beta = _of(image, given.place, (count, 2)), _factor(given, 0)
+    even_tiles = _tiles(place, given.window, given.first_even, evens)
+    odd_tiles = _tiles(place, given.window, given.first_odd, odds)
+    size = _of(image, given.size, (count,))
+    kind, penalties = _penalties(size if beta else size[:0], beta)
     deep, wide = -(width // -FOUR) * FOUR, -(odds // -REGISTER) * REGISTER
     columns, one = np.zeros((deep, wide), np.float32), np.empty(width, np.float32)
     for b in range(odds):
@@ -194,17 +273,18 @@ def _match(image: Any, given: Any, partner: Any) -> Any:
             columns[d, b] = one[d]
     rows, found = np.zeros((FOUR, deep), np.float32), np.empty((FOUR, wide), np.float32)
     worst = np.empty(evens, np.float32)  # the score, negated: a stable sort is ascending
-    crosses = np.zeros(evens, np.bool_)
+    crosses, times = np.zeros(evens, np.bool_), _factor(given, 1) * np.float32(count)
     for a in range(evens):
         if a % FOUR == 0:
             for i in range(min(FOUR, evens - a)):
                 at = (given.first_even + 2 * (a + i)) * given.to_token
                 _unit_mean(feature, at, given.to_head, given.heads, rows[i, :width])
             _products(rows, columns, found)
-        scores = found[a % FOUR, :odds]
-        if penalty.shape[0]:
+        scores, token = found[a % FOUR, :odds], given.first_even + 2 * a
+        if kind.shape[0]:
+            penalty = penalties[kind[token]]
             for b in range(odds):
-                scores[b] -= penalty[a, b]
+                scores[b] += penalty[kind[given.first_odd + 2 * b]]
         best, at = np.float32(0.0), -1
         if even_tiles.shape[0]:
             best, at = _largest_inside(scores, even_tiles[a], odd_tiles)
@@ -212,11 +292,22 @@ def _match(image: Any, given: Any, partner: Any) -> Any:
         if at < 0:
             best, at = _largest(scores)
         partner[a] = at
-        worst[a] = -(best + bonus[a]) if bonus.shape[0] else -best
+        worst[a] = times * received[token] - best if received.shape[0] and times else -best
     ranked = np.argsort(worst, kind="mergesort")
     if not even_tiles.shape[0]:
         return ranked
     return _in_rounds(ranked, even_tiles, crosses, given.equal_quota)
+
+
+@part
+def _weights(given: Any, received: Any) -> Any:
+    """What sizes are multiplied with for the weights of a mean, [N], or none."""
+    power, count = _factor(given, 2), given.tokens
+    weight = np.empty(count if power and received.shape[0] else 0, np.float32)
+    for n in range(weight.shape[0]):
+        share = max(received[n] * np.float32(count), LEAST)
+        weight[n] = share if power == np.float32(1.0) else share**power
+    return weight
 
 
 @part
@@ -272,11 +363,11 @@ def _join(x: Any, rows: Any, source: Any, target: Any, share: Any, norm: Any, me
 
 
 @part
-def _merge(image: Any, given: Any, ranked: Any, partner: Any) -> None:
+def _merge(image: Any, given: Any, ranked: Any, partner: Any, weight: Any) -> None:
     """As ``joining.merge``, for an image."""
     count, channels, r = given.tokens, given.channels, given.r
     left = count - r
-    size, weight = _of(image, given.size, (count,)), _of(image, given.weight, (count,))
+    size = _of(image, given.size, (count,))
     new_size = _of(image, given.new_size, (left,))
     rows, source, target = np.empty(left, np.int64), np.empty(r, np.int64), np.empty(r, np.int64)
     share, total = np.empty(r, np.float32), np.empty(left, np.float32)
@@ -307,13 +398,12 @@ def _merge(image: Any, given: Any, ranked: Any, partner: Any) -> None:
 
 @_compiled
 def step(given: Any) -> None:
-    """A merge, as the tensor functions do it one after the other.
+    """A merge step, as ``compiled.by_operators`` has it.
 
-    These are ``on_cpu.mean_over_heads``, ``matching.similarity``, ``matching.choose_edges`` and
-    ``joining.merge``. A feature is [B, H, N, d], of any strides but that those of d stand side by
-    side; a penalty [B, a, b] is subtracted from the scores; ``order`` [B, a] and ``destination``
-    [B, r], int64, are those of ``matching.Choice``; all else is float32, of the shapes that these
-    functions name, and contiguous.
+    A feature is [B, H, N, d], of any strides but that those of d stand side by side; so are keys
+    and queries, which have the same strides, and of which the class token's alone are read. All
+    else is float32 and contiguous but ``order`` [B, a] and ``destination`` [B, r], which are int64,
+    those of ``matching.Choice``.
 
     Args:
         given: all of :data:`GIVEN`.
@@ -322,7 +412,8 @@ def step(given: Any) -> None:
     partner = np.empty(one.evens, np.int64)
     image = _next_image(given)
     while image < one.images:
-        ranked = _match(image, one, partner)
+        received = _attention(image, one)
+        ranked = _match(image, one, received, partner)
         if one.order:
             order = carray(_integers(one.order + 8 * image * one.evens), (one.evens,))
             destination = carray(_integers(one.destination + 8 * image * one.r), (one.r,))
@@ -330,5 +421,5 @@ def step(given: Any) -> None:
                 order[i] = ranked[i]
             for i in range(one.r):
                 destination[i] = partner[ranked[i]]
-        _merge(image, one, ranked, partner)
+        _merge(image, one, ranked, partner, _weights(one, received))
         image = _next_image(given)

@@ -12,7 +12,17 @@ from dsm_tune.merging.matching import halves, unit
 from dsm_tune.merging.on_cpu import mean_over_heads, query_key_products
 from dsm_tune.plan import Matching
 
-__all__ = ["attention_to", "attention_to_values", "feature_of", "size_penalty", "worth_of"]
+__all__ = [
+    "LEAST_SHARE",
+    "attention_to",
+    "attention_to_values",
+    "attention_weight",
+    "feature_of",
+    "size_penalty",
+    "worth_of",
+]
+
+LEAST_SHARE = 1e-3  # of the mean attention; so no power makes all weights vanish
 
 
 def feature_of(kind: str, x: Tensor, parts: Projections, *, level: bool = True) -> Tensor:
@@ -116,3 +126,12 @@ def size_penalty(size: Tensor, prefix: int, beta: float) -> Tensor:
     """``β log(s_a s_b / (s_a + s_b))`` for each pair of an even and an odd token: [B, a, b]."""
     even, odd = halves(size.reciprocal(), prefix)
     return (even.unsqueeze(2) + odd.unsqueeze(1)).log_().mul_(-beta)
+
+
+def attention_weight(received: Tensor, power: float) -> Tensor:
+    """What attention makes of the weight of each token in a mean: [B, N] to the same, above 0.
+
+    Relative to the mean of all tokens, so that it is 1 where attention is even.
+    """
+    weight: Tensor = (received * received.shape[1]).clamp(min=LEAST_SHARE) ** power
+    return weight

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -16,9 +16,11 @@ from small_vits import images_for, plan_for, small_vit
 from torch import Tensor
 
 from dsm_tune.merging import compiled, team
+from dsm_tune.merging.backbone import Projections
 from dsm_tune.merging.joining import Tokens, merge
 from dsm_tune.merging.matching import choose_edges, halves, similarity
 from dsm_tune.merging.merged import merged
+from dsm_tune.plan import Matching, Step
 
 pytest.importorskip("numba", reason="without numba, torch's operators take the steps")
 seeds = st.integers(0, 9999)
@@ -42,53 +44,60 @@ def exact_features(seed: int, *shape: int) -> Tensor:
     return signs * torch.tensor([1.0, 3.0, 1.0, 3.0][:heads]).unsqueeze(1)
 
 
+def projections(seed: int, *shape: int) -> Projections:
+    """Queries, keys and values as a block has them: views of one tensor."""
+    qkv = torch.stack([exact_features(seed + i, *shape) for i in range(3)], dim=2)
+    return Projections(*qkv.permute(2, 0, 3, 1, 4).unbind(0), 0.125)
+
+
+def merge_plainly(tokens: Tokens, feature: Tensor, r: int, prefix: int = 1) -> Tokens:
+    """A merge by a feature alone."""
+    parts = Projections(feature, feature, feature, 1.0)
+    step = Step(0, "merge", r)
+    return compiled.merge_step(tokens, feature, parts, None, step, Matching(), prefix)
+
+
+matchings = st.builds(
+    Matching,
+    quota=st.sampled_from(["equal", "free"]),
+    position=st.sampled_from(["destination", "centroid"]),
+    salience=st.sampled_from([0.0, 0.3]),
+    attention=st.sampled_from(["class", "received"]),
+    size_penalty=st.sampled_from([0.0, 0.2]),
+    attention_weight=st.sampled_from([0.0, 0.5, 1.0]),
+    norm=st.sampled_from(["free", "mean", "largest"]),
+)
+
+
 @torch.no_grad()
 @given(
     seed=seeds, batch=st.integers(1, 3), prefix=st.integers(0, 4), patches=st.integers(2, 60),
-    width=st.sampled_from([1, 4, 16, 64]), levels=st.sampled_from([0, 3]),
-    kinds=st.sampled_from([0, 1, 4]),
-    flags=st.tuples(*[st.booleans()] * 7),
-    norm=st.sampled_from(["free", "mean", "largest"]), data=st.data(),
+    heads=st.sampled_from([1, 2, 4]), width=st.sampled_from([1, 4, 16, 64]), options=matchings,
+    window=st.sampled_from([None, 1, 2, 5]), sized=st.booleans(), whose=st.sampled_from("qkv"),
+    data=st.data(),
 )  # fmt: skip
 def test_the_same_edges_merge_into_the_same_tokens(
-    seed: int, batch: int, prefix: int, patches: int, width: int, levels: int, kinds: int,
-    flags: tuple[bool, ...], norm: str, data: st.DataObject,
+    seed: int, batch: int, prefix: int, patches: int, heads: int, width: int, options: Matching,
+    window: int | None, sized: bool, whose: str, data: st.DataObject,
 ) -> None:  # fmt: skip
-    has_bonus, equal, sized, weighed, centroid, placed, penalised = flags
     count = prefix + patches
     x = drawn(seed, batch, count, 5)
-    tokens = Tokens(
-        x,
-        1 + drawn(seed + 1, batch, count, levels=4) if sized else None,
-        drawn(seed + 2, batch, count, 2, levels=9) if placed else None,
-        torch.arange(count).repeat(batch, 1),
-    )
-    evens, odds = (half.shape[1] for half in halves(x, prefix))
-    r = data.draw(st.integers(1, evens))  # a step that removes nothing is none
-    feature = exact_features(seed + 3, batch, count, 2, width).transpose(1, 2)
-    weight = drawn(seed + 4, batch, count).abs() + 0.1 if weighed else None
-    tiles = None
-    if kinds:
-        tiles = (
-            drawn(seed + 5, batch, evens, levels=kinds),
-            drawn(seed + 6, batch, odds, levels=kinds),
-        )
-    bonus = drawn(seed + 7, batch, evens, levels=levels) if has_bonus else None
-    penalty = drawn(seed + 8, batch, evens, odds, levels=levels) if penalised else None
-    chosen_by: dict[str, Any] = {"bonus": bonus, "tiles": tiles, "equal_quota": equal}
-    joined_by: dict[str, Any] = {"weight": weight, "norm": norm, "centroid": centroid}
+    size = 1 + drawn(seed + 1, batch, count, levels=4) if sized else None
+    place = drawn(seed + 2, batch, count, 2, levels=9) if window or seed % 2 else None
+    tokens = Tokens(x, size, place, torch.arange(count).repeat(batch, 1))
+    parts = projections(seed + 3, batch, count, heads, width)
+    r = data.draw(st.integers(1, halves(x, prefix)[0].shape[1]))  # else it is no step
+    step, log_size = Step(0, "merge", r, window), None if size is None else size.log()
+    given = tokens, getattr(parts, whose), parts, log_size, step, options, prefix
 
-    scores = similarity(feature.mean(dim=1), prefix) - (0 if penalty is None else penalty)
-    plain = merge(tokens, choose_edges(scores, r, **chosen_by), prefix, **joined_by)
+    plain = compiled.by_operators(*given)
     assert compiled.suits(x)
-    loop = compiled.merge_best(
-        tokens, feature, r, prefix, penalty=penalty, **chosen_by, **joined_by
-    )
+    loop = compiled.merge_step(*given)
 
     assert torch.equal(loop.origin, plain.origin)  # the same edges, in the same order
     assert torch.equal(loop.size, plain.size)
     torch.testing.assert_close(loop.x, plain.x, atol=1e-5, rtol=1e-5)
-    if placed:
+    if place is not None:
         torch.testing.assert_close(loop.place, plain.place, atol=1e-5, rtol=1e-5)
     before = {tuple(row.tolist()) for row in x.flatten(0, 1)}
     alone = before & {tuple(row.tolist()) for row in plain.x.flatten(0, 1)}
@@ -96,16 +105,18 @@ def test_the_same_edges_merge_into_the_same_tokens(
     assert alone <= {tuple(row.tolist()) for row in loop.x.flatten(0, 1)}
 
 
-@given(seed=seeds, where=st.integers(0, 35), has_tiles=st.booleans())
+@given(seed=seeds, where=st.integers(0, 35), window=st.sampled_from([None, 2]))
 @torch.no_grad()
 def test_numbers_that_are_none_still_make_a_partition(
-    seed: int, where: int, has_tiles: bool
+    seed: int, where: int, window: int | None
 ) -> None:
     feature = drawn(seed, 1, 1, 12, 3)
     feature.view(-1)[where:] = torch.nan
-    tiles = (drawn(seed, 1, 6, levels=2), drawn(seed, 1, 6, levels=2)) if has_tiles else None
-    tokens = Tokens(drawn(seed, 1, 12, 3), origin=torch.arange(12)[None])
-    left = compiled.merge_best(tokens, feature, 4, 0, tiles=tiles)
+    parts = Projections(feature, feature, feature, 1.0)
+    place = drawn(seed, 1, 12, 2, levels=4)
+    tokens = Tokens(drawn(seed, 1, 12, 3), None, place, torch.arange(12)[None])
+    options, step = Matching(salience=0.2), Step(0, "merge", 4, window)
+    left = compiled.merge_step(tokens, feature, parts, None, step, options, 0)
     assert left.size is not None
     assert left.origin is not None
     assert left.size.sum() == 12
@@ -114,25 +125,25 @@ def test_numbers_that_are_none_still_make_a_partition(
 
 @given(
     seed=seeds, batch=st.integers(1, 3), heads=st.sampled_from([1, 2, 4]),
-    count=st.integers(2, 40), width=st.sampled_from([1, 4, 16]), which=st.integers(0, 2),
-    layout=st.sampled_from(["qkv", "own", "turned", "one for all"]),
+    count=st.integers(2, 40), width=st.sampled_from([1, 4, 16]),
+    layout=st.sampled_from(["own", "turned", "one for all"]),
 )  # fmt: skip
 @torch.no_grad()
-def test_features_may_lie_in_memory_as_they_like(
-    seed: int, batch: int, heads: int, count: int, width: int, which: int, layout: str
+def test_features_and_keys_may_lie_in_memory_as_they_like(
+    seed: int, batch: int, heads: int, count: int, width: int, layout: str
 ) -> None:
-    three = [exact_features(seed + i, batch, count, heads, width) for i in range(3)]
-    feature = torch.stack(three, dim=2).permute(2, 0, 3, 1, 4)[which]
+    parts = projections(seed, batch, count, heads, width)
+    feature = parts.k.contiguous()
     feature[:, :, 0] = 0  # of no direction
-    if layout == "own":
-        feature = feature.contiguous()
-    elif layout == "turned":
+    if layout == "turned":
         feature = feature.transpose(2, 3).contiguous().transpose(2, 3)
     elif layout == "one for all":
         feature = feature[:1].expand(batch, -1, -1, -1)
+    parts = dataclasses.replace(parts, k=feature)
     tokens = Tokens(drawn(seed, batch, count, 3), origin=torch.arange(count).repeat(batch, 1))
-    found = compiled.merge_best(tokens, feature, 1, 0)
-    plain = merge(tokens, choose_edges(similarity(feature.mean(dim=1), 0), 1), 0)
+    given = Step(0, "merge", 1), Matching(salience=0.1), 0
+    found = compiled.merge_step(tokens, feature, parts, None, *given)
+    plain = compiled.by_operators(tokens, feature.clone(), parts, None, *given)
     assert torch.equal(found.origin, plain.origin)
 
 
@@ -146,7 +157,7 @@ def test_similarities_are_those_of_the_tensor_functions_but_for_rounding() -> No
     tokens = Tokens(x, origin=torch.arange(101)[None])
     for r in (1, 7, 50):
         plain = merge(tokens, choose_edges(scores, r), 1)
-        assert torch.equal(compiled.merge_best(tokens, feature, r, 1).origin, plain.origin)
+        assert torch.equal(merge_plainly(tokens, feature, r).origin, plain.origin)
     assert partner.unique().numel() > 10
 
 
@@ -155,16 +166,16 @@ def test_similarities_are_those_of_the_tensor_functions_but_for_rounding() -> No
 def test_threads_share_images_and_none_is_left_out(threads: int) -> None:
     x, feature = drawn(0, 23, 41, 6), drawn(1, 23, 3, 41, 8)
     alone = [
-        compiled.merge_best(Tokens(one[None]), two[None], 9, 1)
+        merge_plainly(Tokens(one[None]), two[None], 9).x
         for one, two in zip(x, feature, strict=True)
     ]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = compiled.merge_best(Tokens(x), feature, 9, 1)
+        found = merge_plainly(Tokens(x), feature, 9)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found.x, torch.cat([one.x for one in alone]))  # bit by bit
+    assert torch.equal(found.x, torch.cat(alone))  # bit by bit
 
 
 def test_python_s_threads_may_merge_at_once() -> None:
@@ -172,7 +183,7 @@ def test_python_s_threads_may_merge_at_once() -> None:
 
     @torch.no_grad()
     def merge_it(_: int) -> Tensor:
-        return compiled.merge_best(Tokens(x), feature, 9, 1).x
+        return merge_plainly(Tokens(x), feature, 9).x
 
     with ThreadPoolExecutor(4) as pool:
         first, *others = pool.map(merge_it, range(40))
@@ -182,9 +193,9 @@ def test_python_s_threads_may_merge_at_once() -> None:
 @torch.no_grad()
 def test_without_a_team_one_thread_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
     x, feature = drawn(0, 3, 21, 6), drawn(1, 3, 3, 21, 8)
-    with_team = compiled.merge_best(Tokens(x), feature, 5, 1)
+    with_team = merge_plainly(Tokens(x), feature, 5)
     monkeypatch.setattr(team, "PARALLEL", None)
-    assert torch.equal(compiled.merge_best(Tokens(x), feature, 5, 1).x, with_team.x)
+    assert torch.equal(merge_plainly(Tokens(x), feature, 5).x, with_team.x)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from small_vits import images_for, plan_for, small_vit
 from torch import Tensor
 
@@ -70,6 +70,7 @@ matchings = st.builds(
 
 
 @torch.no_grad()
+@settings(max_examples=200)
 @given(
     seed=seeds, batch=st.integers(1, 3), prefix=st.integers(0, 4), patches=st.integers(2, 60),
     heads=st.sampled_from([1, 2, 4]), width=st.sampled_from([1, 4, 16, 64]), options=matchings,
@@ -83,7 +84,9 @@ def test_the_same_edges_merge_into_the_same_tokens(
     count = prefix + patches
     x = drawn(seed, batch, count, 5)
     size = 1 + drawn(seed + 1, batch, count, levels=4) if sized else None
-    place = drawn(seed + 2, batch, count, 2, levels=9) if window or seed % 2 else None
+    place = None
+    if window or seed % 2:  # means of places may lie just below what they are
+        place = drawn(seed + 2, batch, count, 2, levels=9) - drawn(seed, 1, levels=2) * 1e-4
     tokens = Tokens(x, size, place, torch.arange(count).repeat(batch, 1))
     parts = projections(seed + 3, batch, count, heads, width)
     r = data.draw(st.integers(1, halves(x, prefix)[0].shape[1]))  # else it is no step

@@ -20,6 +20,7 @@ from dsm_tune.merging.backbone import Projections
 from dsm_tune.merging.joining import Tokens, merge
 from dsm_tune.merging.matching import choose_edges, halves, similarity
 from dsm_tune.merging.merged import merged
+from dsm_tune.merging.scores import LEAST_SHARE, attention_to
 from dsm_tune.plan import Matching, Step
 
 pytest.importorskip("numba", reason="without numba, torch's operators take the steps")
@@ -148,6 +149,17 @@ def test_features_and_keys_may_lie_in_memory_as_they_like(
     found = compiled.merge_step(tokens, feature, parts, None, *given)
     plain = compiled.by_operators(tokens, feature.clone(), parts, None, *given)
     assert torch.equal(found.origin, plain.origin)
+
+
+@torch.no_grad()
+def test_a_token_without_attention_keeps_some_weight() -> None:
+    parts = dataclasses.replace(projections(0, 1, 41, 1, 64), scale=1.0)
+    received = attention_to("class", parts, None)
+    assert (received * 41 < LEAST_SHARE).sum() > 30
+    tokens, step = Tokens(drawn(1, 1, 41, 5)), Step(0, "merge", 20)
+    given = tokens, parts.k, parts, None, step, Matching(attention_weight=1.0), 1
+    found, plain = compiled.merge_step(*given), compiled.by_operators(*given)
+    torch.testing.assert_close(found.x, plain.x, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

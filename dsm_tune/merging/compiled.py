@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from array import array
+import struct
 from typing import Any
 
 import torch
@@ -125,13 +125,11 @@ def _by_loop(
         destination = torch.empty(batch, r, dtype=torch.int64)
     given = [log_size, received, tokens.x, tokens.size, tokens.place]
     given = [None if one is None else one.contiguous() for one in given]
-    factors = array(
-        "d", (options.size_penalty, options.salience, options.attention_weight, parts.scale)
-    )
     team.run(
         loops.step, batch, count, channels, *_side_by_side(feature), *_side_by_side(key),
         evens, odds, r, prefix, even, odd, step.window or 0, options.quota == "equal",
-        loops.NORMS[options.norm], options.position == "centroid", factors.buffer_info()[0],
+        loops.NORMS[options.norm], options.position == "centroid",
+        *_bits(options.size_penalty, options.salience, options.attention_weight, parts.scale),
         *map(_address, (feature, query, key, *given, x, size, place, order, destination)),
         shares=batch,
     )  # fmt: skip
@@ -140,6 +138,11 @@ def _by_loop(
         choice = matching.Choice(order, destination)
         origin = follow(origin, positions(choice, count, prefix))
     return Tokens(x, size, place, origin)
+
+
+def _bits(*factors: float) -> tuple[int, ...]:
+    """Of float64 numbers, as int64."""
+    return struct.unpack(f"{len(factors)}q", struct.pack(f"{len(factors)}d", *factors))
 
 
 def _in_rows(x: Tensor) -> Tensor:

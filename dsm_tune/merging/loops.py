@@ -31,20 +31,22 @@ TOLERANCE, LEAST = np.float32(PLACE_TOLERANCE), np.float32(LEAST_SHARE)
 WIDE = {"contract", "reassoc", "nsz"}  # what lets sums use wide registers
 part = njit(nogil=True, fastmath=WIDE)  # of the loop; compiled with it
 
-# What the loop is given, in order, each as int64; what follows `factors` is an address, 0 for none.
+# What the loop is given, in order, each of 8 bytes.
+FACTORS = ("size_penalty", "salience", "attention_weight", "scale")  # float64; all others int64
 GIVEN = (
     *("taken", "images", "tokens", "channels"),
     *("heads", "width", "to_image", "to_head", "to_token"),  # of the feature, and how far it is to
     *("key_heads", "key_width", "key_to_image", "key_to_head", "key_to_token"),  # the next one
     *("evens", "odds", "r", "prefix", "first_even", "first_odd"),
-    *("window", "equal_quota", "norm", "centroid"),
-    *("factors", "feature", "query", "key", "log_size", "received", "x", "size", "place"),
-    *("new_x", "new_size", "new_place", "order", "destination"),  # filled in
+    *("window", "equal_quota", "norm", "centroid", *FACTORS),
+    # Addresses, 0 for none; of what the last five name, it is filled in.
+    *("feature", "query", "key", "log_size", "received", "x", "size", "place"),
+    *("new_x", "new_size", "new_place", "order", "destination"),
 )
-# What is at `factors`, in order, float64.
-FACTORS = ("size_penalty", "salience", "attention_weight", "scale")
 NUMBERS: Any = types.CPointer  # of a kind
-RECORD = types.Record.make_c_struct([(name, types.int64) for name in GIVEN])
+RECORD = types.Record.make_c_struct(
+    [(name, types.float64 if name in FACTORS else types.int64) for name in GIVEN]
+)
 
 
 def _compiled(function: Callable[[Any], None]) -> Any:
@@ -83,7 +85,7 @@ def _at(kind: Any) -> Any:
     return pointer
 
 
-_floats, _doubles, _integers = _at(types.float32), _at(types.float64), _at(types.int64)
+_floats, _integers = _at(types.float32), _at(types.int64)
 
 
 @part
@@ -93,12 +95,6 @@ def _of(image: Any, address: Any, shape: Any) -> Any:
     for size in shape:
         several *= size
     return carray(_floats(address + several), shape if address else (0, *shape[1:]))
-
-
-@part
-def _factor(given: Any, which: Any) -> Any:
-    """A number of :data:`FACTORS`."""
-    return np.float32(_doubles(given.factors)[which])
 
 
 @part
@@ -196,7 +192,7 @@ def _attention(image: Any, given: Any) -> Any:
     if not given.query:
         return received
     received, logits = np.zeros(count, np.float32), np.empty(count, np.float32)
-    log_size, scale = _of(image, given.log_size, (count,)), _factor(given, 3)
+    log_size, scale = _of(image, given.log_size, (count,)), np.float32(given.scale)
     last = (given.key_heads - 1) * given.key_to_head + (count - 1) * given.key_to_token + width
     queries = carray(_floats(given.query + 4 * image * given.key_to_image), (last,))
     keys = carray(_floats(given.key + 4 * image * given.key_to_image), (last,))
@@ -259,7 +255,7 @@ def _match(image: Any, given: Any, received: Any, partner: Any) -> Any:
     count, evens, odds, width = given.tokens, given.evens, given.odds, given.width
     last = (given.heads - 1) * given.to_head + (count - 1) * given.to_token + width
     feature = carray(_floats(given.feature + 4 * image * given.to_image), (last,))
-    place, beta = _of(image, given.place, (count, 2)), _factor(given, 0)
+    place, beta = _of(image, given.place, (count, 2)), np.float32(given.size_penalty)
     even_tiles = _tiles(place, given.window, given.first_even, evens)
     odd_tiles = _tiles(place, given.window, given.first_odd, odds)
     size = _of(image, given.size, (count,))
@@ -273,7 +269,7 @@ def _match(image: Any, given: Any, received: Any, partner: Any) -> Any:
             columns[d, b] = one[d]
     rows, found = np.zeros((FOUR, deep), np.float32), np.empty((FOUR, wide), np.float32)
     worst = np.empty(evens, np.float32)  # the score, negated: a stable sort is ascending
-    crosses, times = np.zeros(evens, np.bool_), _factor(given, 1) * np.float32(count)
+    crosses, times = np.zeros(evens, np.bool_), np.float32(given.salience) * np.float32(count)
     for a in range(evens):
         if a % FOUR == 0:
             for i in range(min(FOUR, evens - a)):
@@ -302,7 +298,7 @@ def _match(image: Any, given: Any, received: Any, partner: Any) -> Any:
 @part
 def _weights(given: Any, received: Any) -> Any:
     """What sizes are multiplied with for the weights of a mean, [N], or none."""
-    power, count = _factor(given, 2), given.tokens
+    power, count = np.float32(given.attention_weight), given.tokens
     weight = np.empty(count if power and received.shape[0] else 0, np.float32)
     for n in range(weight.shape[0]):
         share = max(received[n] * np.float32(count), LEAST)

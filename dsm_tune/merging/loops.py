@@ -109,15 +109,14 @@ def _length(row: Any) -> Any:
 def _unit_mean(memory: Any, at: Any, to_head: Any, heads: Any, unit: Any) -> None:
     """As ``matching.unit`` of the mean over heads, of one token: fill in [d]."""
     width = unit.shape[0]
-    unit[:] = 0.0
-    for h in range(heads):
+    first = memory[at : at + width]
+    for c in range(width):
+        unit[c] = first[c]
+    for h in range(1, heads):
         row = memory[at + h * to_head : at + h * to_head + width]
         for c in range(width):
             unit[c] += row[c]
-    scale = np.float32(1.0) / np.float32(heads)
-    for c in range(width):
-        unit[c] *= scale
-    scale = np.float32(1.0) / max(_length(unit), np.float32(1e-6))
+    scale = np.float32(1.0) / max(_length(unit), np.float32(1e-6) * np.float32(heads))
     for c in range(width):
         unit[c] *= scale
 
@@ -171,7 +170,7 @@ def _largest_inside(row: Any, tile: Any, tiles: Any) -> Any:
 def _in_rounds(ranked: Any, tiles: Any, crosses: Any, equal_quota: Any) -> Any:
     """Edges [a] in rounds of one per tile, or as they are; crossing ones last."""
     evens = ranked.shape[0]
-    turn = np.zeros(evens, np.int64)
+    turn, turned, at = np.zeros(evens, np.int64), np.empty(evens, np.int64), 0
     for i in range(evens):
         a = ranked[i]
         if crosses[a]:
@@ -180,7 +179,14 @@ def _in_rounds(ranked: Any, tiles: Any, crosses: Any, equal_quota: Any) -> Any:
             for j in range(i):
                 other = ranked[j]
                 turn[i] += tiles[other] == tiles[a] and not crosses[other]
-    return ranked[np.argsort(turn, kind="mergesort")]
+    this = 0
+    while at < evens:
+        for i in range(evens):
+            if turn[i] == this:
+                turned[at] = ranked[i]
+                at += 1
+        this += 1
+    return turned
 
 
 @part
@@ -205,7 +211,9 @@ def _attention(image: Any, given: Any) -> Any:
             for c in range(width):
                 total += query[c] * key[c]
             logits[n] = total * scale + (log_size[n] if log_size.shape[0] else np.float32(0.0))
-        largest, total = logits.max(), np.float32(0.0)
+        largest, total = logits[0], np.float32(0.0)
+        for n in range(count):
+            largest = max(largest, logits[n])
         for n in range(count):
             logits[n] = np.exp(logits[n] - largest)
             total += logits[n]

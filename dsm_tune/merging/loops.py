@@ -1,11 +1,11 @@
 """Matching and merging on a CPU as one compiled loop, which several threads may run at once.
 
 It does exactly what the tensor functions do that it names, which are its oracle in the tests; sums
-may differ by rounding. Threads share one record of numbers, the first of which counts the images
-that were taken; what becomes of an image does not depend on who takes it. An array of no elements
-stands for ``None``. numba keeps the machine code beside this file, or in the user's cache folder,
-so that it is made once per machine; whether it is stale it sees by this file alone, which is why
-all is here.
+may differ by rounding. Threads are given one record; each does as many images, those that are next
+to each other, like torch's own operators, so that it finds in its caches what it wrote before. What
+becomes of an image does not depend on who does it. An array of no elements stands for ``None``.
+numba keeps the machine code beside this file, or in the user's cache folder, so that it is made
+once per machine; whether it is stale it sees by this file alone, which is why all is here.
 
 Letters in shapes are those of :mod:`~dsm_tune.merging.matching`.
 """
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
@@ -34,7 +35,8 @@ part = njit(nogil=True, fastmath=WIDE)  # of the loop; compiled with it
 # What the loop is given, in order, each of 8 bytes.
 FACTORS = ("size_penalty", "salience", "attention_weight", "scale")  # float64; all others int64
 GIVEN = (
-    *("taken", "images", "tokens", "channels"),
+    *("team_size", "thread_number"),  # addresses of what tells them; 0 for one thread
+    *("images", "tokens", "channels"),
     *("heads", "width", "to_image", "to_head", "to_token"),  # of the feature, and how far it is to
     *("key_heads", "key_width", "key_to_image", "key_to_head", "key_to_token"),  # the next one
     *("evens", "odds", "r", "prefix", "first_even", "first_odd"),
@@ -59,17 +61,17 @@ def _compiled(function: Callable[[Any], None]) -> Any:
 
 
 @intrinsic
-def _take_image(typing: Any, given: Any) -> Any:
-    """The number of an image that nobody has taken, from 0."""
+def _call(typing: Any, address: Any) -> Any:
+    """The int that the function at an address returns; it is given nothing."""
 
     def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        counter = builder.bitcast(given[0], context.get_value_type(NUMBERS(types.int64)))
-        return builder.atomic_rmw("add", counter, context.get_constant(types.int64, 1), "monotonic")
+        kind = ir.FunctionType(ir.IntType(32), [])
+        return builder.call(builder.inttoptr(given[0], kind.as_pointer()), [])
 
-    return types.int64(given), code
+    return types.int32(types.int64), code
 
 
-_next_image: Any = _take_image
+_called: Any = _call
 
 
 def _at(kind: Any) -> Any:
@@ -119,6 +121,20 @@ def _unit_mean(memory: Any, at: Any, to_head: Any, heads: Any, unit: Any) -> Non
     scale = np.float32(1.0) / max(_length(unit), np.float32(1e-6) * np.float32(heads))
     for c in range(width):
         unit[c] *= scale
+
+
+@part
+def _odd_columns(feature: Any, given: Any) -> Any:
+    """Unit means of the odd tokens as columns, [d, b], with zeros behind them for whole steps."""
+    width, odds = given.width, given.odds
+    deep, wide = -(width // -FOUR) * FOUR, -(odds // -REGISTER) * REGISTER
+    columns, one = np.zeros((deep, wide), np.float32), np.empty(width, np.float32)
+    for b in range(odds):
+        at = (given.first_odd + 2 * b) * given.to_token
+        _unit_mean(feature, at, given.to_head, given.heads, one)
+        for d in range(width):
+            columns[d, b] = one[d]
+    return columns
 
 
 @part
@@ -268,14 +284,9 @@ def _match(image: Any, given: Any, received: Any, partner: Any) -> Any:
     odd_tiles = _tiles(place, given.window, given.first_odd, odds)
     size = _of(image, given.size, (count,))
     kind, penalties = _penalties(size if beta else size[:0], beta)
-    deep, wide = -(width // -FOUR) * FOUR, -(odds // -REGISTER) * REGISTER
-    columns, one = np.zeros((deep, wide), np.float32), np.empty(width, np.float32)
-    for b in range(odds):
-        at = (given.first_odd + 2 * b) * given.to_token
-        _unit_mean(feature, at, given.to_head, given.heads, one)
-        for d in range(width):
-            columns[d, b] = one[d]
-    rows, found = np.zeros((FOUR, deep), np.float32), np.empty((FOUR, wide), np.float32)
+    columns = _odd_columns(feature, given)
+    rows = np.zeros((FOUR, columns.shape[0]), np.float32)
+    found = np.empty((FOUR, columns.shape[1]), np.float32)
     worst = np.empty(evens, np.float32)  # the score, negated: a stable sort is ascending
     crosses, times = np.zeros(evens, np.bool_), np.float32(given.salience) * np.float32(count)
     for a in range(evens):
@@ -414,8 +425,12 @@ def step(given: Any) -> None:
     """
     one = carray(given, 1)[0]
     partner = np.empty(one.evens, np.int64)
-    image = _next_image(given)
-    while image < one.images:
+    first, last = 0, one.images
+    if one.team_size:
+        share = -(one.images // -np.int64(_called(one.team_size)))
+        first = np.int64(_called(one.thread_number)) * share
+        last = min(first + share, one.images)
+    for image in range(first, last):
         received = _attention(image, one)
         ranked = _match(image, one, received, partner)
         if one.order:
@@ -426,4 +441,3 @@ def step(given: Any) -> None:
             for i in range(one.r):
                 destination[i] = partner[ranked[i]]
         _merge(image, one, ranked, partner, _weights(one, received))
-        image = _next_image(given)

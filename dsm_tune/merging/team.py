@@ -15,32 +15,43 @@ import torch
 __all__ = ["run"]
 
 
-def _parallel() -> Any:
-    """What starts a team in the OpenMP runtime that torch is linked with; ``None`` without one."""
+def _openmp() -> tuple[Any, int, int]:
+    """The OpenMP runtime that torch is linked with, if it has one.
+
+    Returns:
+        What starts a team, or ``None``; the addresses of what tells a thread of it how many they
+        are and which it is.
+    """
     try:
-        start = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+        library = ctypes.CDLL(torch._C.__file__)
+        start = library.GOMP_parallel
+        telling = library.omp_get_num_threads, library.omp_get_thread_num
     except (AttributeError, OSError):
-        return None
+        return None, 0, 0
     start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     start.restype = None
-    return start
+    size, number = (ctypes.cast(one, ctypes.c_void_p).value or 0 for one in telling)
+    return start, size, number
 
 
-PARALLEL, ALONE = _parallel(), ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+START, SIZE, NUMBER = _openmp()
+ALONE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def run(loop: Any, *numbers: int, shares: int) -> None:
-    """Let threads call a loop until nothing is left to do.
+    """Let each thread call a loop for its part of the work.
 
     Args:
-        loop: of :mod:`~dsm_tune.merging.loops`; called by each thread with the same address, that
-            of a counter, 0 at first, with the numbers behind it, as int64.
+        loop: of :mod:`~dsm_tune.merging.loops`; called by each thread with the same address, of
+            int64: two addresses of what tells it how many threads there are and its own number,
+            from 0, or 0 and 0 if there is one thread; and the numbers.
         *numbers: sizes, and addresses of memory that lives until the loop returns.
         shares: that the work consists of; one alone is done by the thread that calls.
     """
-    given = array("q", (0, *numbers))
-    address = given.buffer_info()[0]
-    if shares > 1 and PARALLEL is not None and torch.get_num_threads() > 1:
-        PARALLEL(loop.address, address, 0, 0)
+    threads = torch.get_num_threads()
+    if shares > 1 and threads > 1 and START is not None:
+        given = array("q", (SIZE, NUMBER, *numbers))
+        START(loop.address, given.buffer_info()[0], threads, 0)
     else:
-        ALONE(loop.address)(address)
+        given = array("q", (0, 0, *numbers))
+        ALONE(loop.address)(given.buffer_info()[0])

@@ -205,11 +205,36 @@ def test_python_s_threads_may_merge_at_once() -> None:
     assert all(torch.equal(one, first) for one in others)
 
 
+def test_a_team_may_be_smaller_than_asked_for() -> None:
+    code = """
+import torch
+from dsm_tune.merging import compiled
+from dsm_tune.merging.backbone import Projections
+from dsm_tune.merging.joining import Tokens
+from dsm_tune.plan import Matching, Step
+torch.set_num_threads(4)
+x, k = torch.randn(9, 31, 4), torch.randn(9, 2, 31, 8)
+with torch.no_grad():
+    left = compiled.merge_step(
+        Tokens(x), k, Projections(k, k, k, 1.0), None, Step(0, "merge", 5), Matching(), 1
+    )
+print((left.size.sum(dim=1) == 31).all().item())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_THREAD_LIMIT": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "True\n"
+
+
 @torch.no_grad()
 def test_without_a_team_one_thread_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
     x, feature = drawn(0, 3, 21, 6), drawn(1, 3, 3, 21, 8)
     with_team = merge_plainly(Tokens(x), feature, 5)
-    monkeypatch.setattr(team, "PARALLEL", None)
+    monkeypatch.setattr(team, "START", None)
     assert torch.equal(merge_plainly(Tokens(x), feature, 5).x, with_team.x)
 
 

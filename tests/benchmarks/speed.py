@@ -263,6 +263,7 @@ def main() -> int:
     options.add_argument("--r", type=int, default=16)
     options.add_argument("--delay", type=int, default=1)
     options.add_argument("--plan", action="append", default=[], help="a file; may be repeated")
+    options.add_argument("--only", action="append", help="a candidate; may be repeated")
     options.add_argument("--seconds", type=float, default=20.0, help="per batch size")
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtype", default="float32")
@@ -281,6 +282,11 @@ def main() -> int:
     if chosen.runtime in ("onnx", "compile"):
         for name in ("dense", "ToMe"):
             compared[f"{name}, eager"] = compared[name]
+    if chosen.only:
+        kept = {"dense", *chosen.only, *(f"{name} floor" for name in chosen.only)}
+        if unknown := set(chosen.only) - set(compared):
+            options.error(f"--only takes {', '.join(compared)}, but got {', '.join(unknown)}")
+        compared = {name: one for name, one in compared.items() if name in kept}
     side = model.patch_embed.img_size
     for batch in (int(size) for size in chosen.batch_sizes.split(",")):
         x = torch.randn(batch, 3, *side).to(chosen.device, getattr(torch, chosen.dtype))

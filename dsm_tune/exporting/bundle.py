@@ -86,7 +86,9 @@ def load_bundle(folder: str | os.PathLike[str]) -> nn.Module:
 
     Returns:
         The model with its plan applied and its weights loaded, in evaluation mode, on the CPU:
-        [B, 3, H, W], normalised as ``preprocess.json`` says, to [B, classes].
+        [B, 3, H, W], normalised as ``preprocess.json`` says, to [B, classes]. The first merge on a
+        CPU compiles for ten seconds, unless this machine has done so: run one image before you
+        serve.
 
     Raises:
         BundleError: if a file is absent or changed, or the format is another one.

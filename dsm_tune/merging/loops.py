@@ -31,6 +31,7 @@ FOUR, REGISTER = 4, 16  # even tokens multiplied at once; float32 numbers in the
 TOLERANCE, LEAST = np.float32(PLACE_TOLERANCE), np.float32(LEAST_SHARE)
 WIDE = {"contract", "reassoc", "nsz"}  # what lets sums use wide registers
 part = njit(nogil=True, fastmath=WIDE)  # of the loop; compiled with it
+machine_code: Callable[[Callable[..., Any]], Any] = intrinsic  # likewise; says how to make it
 
 # What the loop is given, in order, each of 8 bytes.
 FACTORS = ("size_penalty", "salience", "attention_weight", "scale")  # float64; all others int64
@@ -60,7 +61,7 @@ def _compiled(function: Callable[[Any], None]) -> Any:
         return compiled()(function)
 
 
-@intrinsic
+@machine_code
 def _call(typing: Any, address: Any) -> Any:
     """The int that the function at an address returns; it is given nothing."""
 
@@ -71,13 +72,10 @@ def _call(typing: Any, address: Any) -> Any:
     return types.int32(types.int64), code
 
 
-_called: Any = _call
-
-
 def _at(kind: Any) -> Any:
     """Of an address, a pointer to numbers of a kind."""
 
-    @intrinsic
+    @machine_code
     def pointer(typing: Any, address: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
             return builder.inttoptr(given[0], context.get_value_type(signature.return_type))
@@ -427,8 +425,8 @@ def step(given: Any) -> None:
     partner = np.empty(one.evens, np.int64)
     first, last = 0, one.images
     if one.team_size:
-        share = -(one.images // -np.int64(_called(one.team_size)))
-        first = np.int64(_called(one.thread_number)) * share
+        share = -(one.images // -np.int64(_call(one.team_size)))
+        first = np.int64(_call(one.thread_number)) * share
         last = min(first + share, one.images)
     for image in range(first, last):
         received = _attention(image, one)

@@ -50,15 +50,15 @@ REST = 0.05  # seconds for a library's threads to stop waiting for work, beside 
 
 def slice_floor(model: Any, plan: MergePlan) -> Forward:
     """The forward of a plan whose merges are free: tokens are cut off instead."""
-    blocks = list(model.blocks)
+    blocks, tokens, removed = list(model.blocks), plan.tokens, plan.removed
 
     def forward(images: Tensor) -> Tensor:
         x = backbone.stem(model, images)
         for index, block in enumerate(blocks):
             if plan.last_block == "prefix" and index == len(blocks) - 1:
                 x = backbone.attend_prefix(block, x, None, plan.geometry.prefix)
-            elif plan.removed[index]:
-                x = backbone.attend(block, x, None)[0][:, : plan.tokens[index + 1]]
+            elif removed[index]:
+                x = backbone.attend(block, x, None)[0][:, : tokens[index + 1]]
             else:
                 x = backbone.run(block, x)
                 continue

@@ -131,8 +131,9 @@ class MergedBlocks(nn.Sequential):
             feature = getattr(parts, options.feature)
         else:
             feature = self._feature(tokens, step, parts).unsqueeze(1)
-        result = compiled.merge_step(
-            tokens, feature, parts, log_size, step, options, self.plan.geometry.prefix
+        prefix = self.plan.geometry.prefix
+        result = compiled.merged_tokens(
+            compiled.Merge(tokens, feature, parts, log_size, step, options, prefix)
         )
         if result.place is None or step.block < self.last_local:
             return result

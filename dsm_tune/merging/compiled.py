@@ -9,17 +9,17 @@ from __future__ import annotations
 import functools
 import importlib
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsm_tune.merging import matching, on_cpu, scores, team
+from dsm_tune.merging import joining, matching, on_cpu, scores, team
 from dsm_tune.merging.backbone import Projections
-from dsm_tune.merging.joining import Tokens, follow, merge, positions
+from dsm_tune.merging.joining import Tokens
 from dsm_tune.plan import Matching, Step
 
-__all__ = ["by_operators", "merge_step", "suits"]
+__all__ = ["Merge", "by_operators", "merged_tokens", "suits"]
 
 
 @functools.cache
@@ -38,43 +38,36 @@ def suits(x: Tensor) -> bool:
     return on_cpu.suits(x) and _loops() is not None
 
 
-def merge_step(
-    tokens: Tokens,
-    feature: Tensor,
-    parts: Projections,
-    log_size: Tensor | None,
-    step: Step,
-    options: Matching,
-    prefix: int,
-) -> Tokens:
-    """Match and merge the tokens of a block, after its attention half.
+class Merge(NamedTuple):
+    """A step that merges, and what its block gives it after the attention half.
 
-    Args:
+    Attributes:
         tokens: N tokens, with places if the step has a window.
         feature: [B, H, N, d], whose mean over heads tokens are compared by.
         parts: projections of the block, for the attention that tokens receive.
         log_size: [B, N] or ``None``, as the block's attention had it.
-        step: merges; at least one token leaves.
+        step: at least one token leaves.
         options: of the plan.
         prefix: p.
-
-    Returns:
-        N - r tokens.
     """
-    do = _by_loop if suits(tokens.x) else by_operators
-    return do(tokens, feature, parts, log_size, step, options, prefix)
+
+    tokens: Tokens
+    feature: Tensor
+    parts: Projections
+    log_size: Tensor | None
+    step: Step
+    options: Matching
+    prefix: int
 
 
-def by_operators(
-    tokens: Tokens,
-    feature: Tensor,
-    parts: Projections,
-    log_size: Tensor | None,
-    step: Step,
-    options: Matching,
-    prefix: int,
-) -> Tokens:
+def merged_tokens(merge: Merge) -> Tokens:
+    """Match and merge: N - r tokens."""
+    return _by_loop(merge) if suits(merge.tokens.x) else by_operators(merge)
+
+
+def by_operators(merge: Merge) -> Tokens:
     """The same by the tensor functions."""
+    tokens, feature, parts, log_size, step, options, prefix = merge
     pairs = matching.similarity(on_cpu.mean_over_heads(feature), prefix)
     if options.size_penalty and tokens.size is not None:
         pairs = pairs - scores.size_penalty(tokens.size, prefix, options.size_penalty)
@@ -93,18 +86,13 @@ def by_operators(
         pairs, step.r, bonus=bonus, tiles=tiles, equal_quota=options.quota == "equal"
     )
     centroid = options.position == "centroid"
-    return merge(tokens, choice, prefix, weight=weight, norm=options.norm, centroid=centroid)
+    return joining.merge(
+        tokens, choice, prefix, weight=weight, norm=options.norm, centroid=centroid
+    )
 
 
-def _by_loop(
-    tokens: Tokens,
-    feature: Tensor,
-    parts: Projections,
-    log_size: Tensor | None,
-    step: Step,
-    options: Matching,
-    prefix: int,
-) -> Tokens:
+def _by_loop(merge: Merge) -> Tokens:
+    tokens, feature, parts, log_size, step, options, prefix = merge
     # What is called here stands between a step and its work: a forward of one image feels it.
     (batch, count, channels), loops, r = tokens.x.shape, _loops(), step.r
     even, odd = matching.first_positions(prefix)
@@ -136,7 +124,7 @@ def _by_loop(
     origin = tokens.origin
     if order is not None and destination is not None and origin is not None:
         choice = matching.Choice(order, destination)
-        origin = follow(origin, positions(choice, count, prefix))
+        origin = joining.follow(origin, joining.positions(choice, count, prefix))
     return Tokens(x, size, place, origin)
 
 

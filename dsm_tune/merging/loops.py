@@ -98,11 +98,27 @@ def _of(image: Any, address: Any, shape: Any) -> Any:
 
 
 @part
-def _length(row: Any) -> Any:
+def _heads_of(
+    image: Any, address: Any, heads: Any, tokens: Any, width: Any,
+    to_image: Any, to_head: Any, to_token: Any,
+) -> Any:  # fmt: skip
+    """The memory in which the rows of d of an image are, of [B, H, N, d] at an address."""
+    last = (heads - 1) * to_head + (tokens - 1) * to_token + width
+    return carray(_floats(address + 4 * image * to_image), (last,))
+
+
+@part
+def _product(one: Any, other: Any) -> Any:
+    """Of two rows [c]."""
     total = np.float32(0.0)
-    for c in range(row.shape[0]):
-        total += row[c] * row[c]
-    return np.sqrt(total)
+    for c in range(one.shape[0]):
+        total += one[c] * other[c]
+    return total
+
+
+@part
+def _length(row: Any) -> Any:
+    return np.sqrt(_product(row, row))
 
 
 @part
@@ -213,25 +229,24 @@ def _attention(image: Any, given: Any) -> Any:
         return received
     received, logits = np.zeros(count, np.float32), np.empty(count, np.float32)
     log_size, scale = _of(image, given.log_size, (count,)), np.float32(given.scale)
-    last = (given.key_heads - 1) * given.key_to_head + (count - 1) * given.key_to_token + width
-    queries = carray(_floats(given.query + 4 * image * given.key_to_image), (last,))
-    keys = carray(_floats(given.key + 4 * image * given.key_to_image), (last,))
-    for h in range(given.key_heads):
-        start = h * given.key_to_head
+    heads, to_head, to_token = given.key_heads, given.key_to_head, given.key_to_token
+    sides = heads, count, width, given.key_to_image, to_head, to_token
+    queries = _heads_of(image, given.query, *sides)
+    keys = _heads_of(image, given.key, *sides)
+    for h in range(heads):
+        start = h * to_head
         query = queries[start : start + width]  # of the class token, which is the first
         for n in range(count):
-            at = start + n * given.key_to_token
-            key, total = keys[at : at + width], np.float32(0.0)
-            for c in range(width):
-                total += query[c] * key[c]
-            logits[n] = total * scale + (log_size[n] if log_size.shape[0] else np.float32(0.0))
+            at = start + n * to_token
+            logits[n] = _product(query, keys[at : at + width]) * scale
+            logits[n] += log_size[n] if log_size.shape[0] else np.float32(0.0)
         largest, total = logits[0], np.float32(0.0)
         for n in range(count):
             largest = max(largest, logits[n])
         for n in range(count):
             logits[n] = np.exp(logits[n] - largest)
             total += logits[n]
-        total *= np.float32(given.key_heads)
+        total *= np.float32(heads)
         for n in range(count):
             received[n] += logits[n] / total
     return received
@@ -275,8 +290,10 @@ def _tiles(place: Any, window: Any, first: Any, several: Any) -> Any:
 def _match(image: Any, given: Any, received: Any, partner: Any) -> Any:
     """Rank the even tokens of an image, [a], by their best edges; fill in their partners, [a]."""
     count, evens, odds, width = given.tokens, given.evens, given.odds, given.width
-    last = (given.heads - 1) * given.to_head + (count - 1) * given.to_token + width
-    feature = carray(_floats(given.feature + 4 * image * given.to_image), (last,))
+    heads, to_head, to_token = given.heads, given.to_head, given.to_token
+    feature = _heads_of(
+        image, given.feature, heads, count, width, given.to_image, to_head, to_token
+    )
     place, beta = _of(image, given.place, (count, 2)), np.float32(given.size_penalty)
     even_tiles = _tiles(place, given.window, given.first_even, evens)
     odd_tiles = _tiles(place, given.window, given.first_odd, odds)
@@ -290,8 +307,8 @@ def _match(image: Any, given: Any, received: Any, partner: Any) -> Any:
     for a in range(evens):
         if a % FOUR == 0:
             for i in range(min(FOUR, evens - a)):
-                at = (given.first_even + 2 * (a + i)) * given.to_token
-                _unit_mean(feature, at, given.to_head, given.heads, rows[i, :width])
+                at = (given.first_even + 2 * (a + i)) * to_token
+                _unit_mean(feature, at, to_head, heads, rows[i, :width])
             _products(rows, columns, found)
         scores, token = found[a % FOUR, :odds], given.first_even + 2 * a
         if kind.shape[0]:

@@ -17,7 +17,6 @@ __all__ = [
     "choose_edges",
     "first_positions",
     "halves",
-    "pair_products",
     "similarity",
     "tile",
     "unit",
@@ -72,12 +71,7 @@ def similarity(feature: Tensor, prefix: int) -> Tensor:
     Returns:
         [B, a, b] float32.
     """
-    return pair_products(unit(feature), prefix)
-
-
-def pair_products(feature: Tensor, prefix: int) -> Tensor:
-    """Inner product of every even patch token with every odd one: [B, a, b] float32."""
-    even, odd = halves(feature, prefix)
+    even, odd = halves(unit(feature), prefix)
     return torch.bmm(even, odd.transpose(1, 2)).float()
 
 

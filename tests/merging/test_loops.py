@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dsm_tune.merging import compiled, team
 from dsm_tune.merging.backbone import Projections
+from dsm_tune.merging.compiled import Merge
 from dsm_tune.merging.joining import Tokens, merge
 from dsm_tune.merging.matching import choose_edges, halves, similarity
 from dsm_tune.merging.merged import merged
@@ -55,7 +56,8 @@ def merge_plainly(tokens: Tokens, feature: Tensor, r: int, prefix: int = 1) -> T
     """A merge by a feature alone."""
     parts = Projections(feature, feature, feature, 1.0)
     step = Step(0, "merge", r)
-    return compiled.merge_step(tokens, feature, parts, None, step, Matching(), prefix)
+    given = Merge(tokens, feature, parts, None, step, Matching(), prefix)
+    return compiled.merged_tokens(given)
 
 
 matchings = st.builds(
@@ -92,11 +94,11 @@ def test_the_same_edges_merge_into_the_same_tokens(
     parts = projections(seed + 3, batch, count, heads, width)
     r = data.draw(st.integers(1, halves(x, prefix)[0].shape[1]))  # else it is no step
     step, log_size = Step(0, "merge", r, window), None if size is None else size.log()
-    given = tokens, getattr(parts, whose), parts, log_size, step, options, prefix
+    given = Merge(tokens, getattr(parts, whose), parts, log_size, step, options, prefix)
 
-    plain = compiled.by_operators(*given)
+    plain = compiled.by_operators(given)
     assert compiled.suits(x)
-    loop = compiled.merge_step(*given)
+    loop = compiled.merged_tokens(given)
 
     assert torch.equal(loop.origin, plain.origin)  # the same edges, in the same order
     assert torch.equal(loop.size, plain.size)
@@ -120,7 +122,7 @@ def test_numbers_that_are_none_still_make_a_partition(
     place = drawn(seed, 1, 12, 2, levels=4)
     tokens = Tokens(drawn(seed, 1, 12, 3), None, place, torch.arange(12)[None])
     options, step = Matching(salience=0.2), Step(0, "merge", 4, window)
-    left = compiled.merge_step(tokens, feature, parts, None, step, options, 0)
+    left = compiled.merged_tokens(Merge(tokens, feature, parts, None, step, options, 0))
     assert left.size is not None
     assert left.origin is not None
     assert left.size.sum() == 12
@@ -146,8 +148,8 @@ def test_features_and_keys_may_lie_in_memory_as_they_like(
     parts = dataclasses.replace(parts, k=feature)
     tokens = Tokens(drawn(seed, batch, count, 3), origin=torch.arange(count).repeat(batch, 1))
     given = Step(0, "merge", 1), Matching(salience=0.1), 0
-    found = compiled.merge_step(tokens, feature, parts, None, *given)
-    plain = compiled.by_operators(tokens, feature.clone(), parts, None, *given)
+    found = compiled.merged_tokens(Merge(tokens, feature, parts, None, *given))
+    plain = compiled.by_operators(Merge(tokens, feature.clone(), parts, None, *given))
     assert torch.equal(found.origin, plain.origin)
 
 
@@ -157,8 +159,8 @@ def test_a_token_without_attention_keeps_some_weight() -> None:
     received = attention_to("class", parts, None)
     assert (received * 41 < LEAST_SHARE).sum() > 10
     tokens, step = Tokens(drawn(1, 1, 41, 5)), Step(0, "merge", 20)
-    given = tokens, parts.k, parts, None, step, Matching(attention_weight=1.0), 1
-    found, plain = compiled.merge_step(*given), compiled.by_operators(*given)
+    given = Merge(tokens, parts.k, parts, None, step, Matching(attention_weight=1.0), 1)
+    found, plain = compiled.merged_tokens(given), compiled.by_operators(given)
     torch.testing.assert_close(found.x, plain.x, atol=1e-5, rtol=1e-5)
 
 
@@ -215,9 +217,8 @@ from dsm_tune.plan import Matching, Step
 torch.set_num_threads(4)
 x, k = torch.randn(9, 31, 4), torch.randn(9, 2, 31, 8)
 with torch.no_grad():
-    left = compiled.merge_step(
-        Tokens(x), k, Projections(k, k, k, 1.0), None, Step(0, "merge", 5), Matching(), 1
-    )
+    parts, step = Projections(k, k, k, 1.0), Step(0, "merge", 5)
+    left = compiled.merged_tokens(compiled.Merge(Tokens(x), k, parts, None, step, Matching(), 1))
 print((left.size.sum(dim=1) == 31).all().item())
 """
     done = subprocess.run(

@@ -28,9 +28,11 @@ __all__ = [
     "Projections",
     "attend",
     "attend_prefix",
+    "attention_output",
     "feed_forward",
     "image_size",
     "pool_by_size",
+    "project",
     "read_geometry",
     "run",
     "stem",
@@ -203,12 +205,24 @@ def attend(block: Block, x: Tensor, log_size: Tensor | None) -> tuple[Tensor, Pr
     Returns:
         [B, N, C], and the projections it was computed from.
     """
-    attn = block.attn
-    batch, count, _ = x.shape
+    parts = project(block, x)
+    return x + attention_output(block, parts, _bias(parts, log_size)), parts
+
+
+def project(block: Block, x: Tensor) -> Projections:
+    """Queries, keys and values of [B, N, C]."""
+    attn, (batch, count, _) = block.attn, x.shape
     qkv = linear(attn.qkv, block.norm1(x)).reshape(batch, count, 3, attn.num_heads, attn.head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    parts = Projections(_through(attn.q_norm, q), _through(attn.k_norm, k), v, attn.scale)
-    return x + _attention_output(block, parts, log_size), parts
+    return Projections(_through(attn.q_norm, q), _through(attn.k_norm, k), v, attn.scale)
+
+
+def _bias(parts: Projections, log_size: Tensor | None) -> Tensor | None:
+    """[B, N] as attention takes it: [B, 1, 1, N]."""
+    if log_size is None:
+        return None
+    batch, _, count, _ = parts.k.shape
+    return log_size.to(parts.q.dtype).view(batch, 1, 1, count)
 
 
 def _through(module: Any, x: Tensor) -> Tensor:
@@ -219,9 +233,9 @@ def _through(module: Any, x: Tensor) -> Tensor:
     return result
 
 
-def _attention_output(block: Block, parts: Projections, log_size: Tensor | None) -> Tensor:
-    attn, (batch, _, count, _) = block.attn, parts.k.shape
-    bias = None if log_size is None else log_size.to(parts.q.dtype).view(batch, 1, 1, count)
+def attention_output(block: Block, parts: Projections, bias: Tensor | None) -> Tensor:
+    """``Attn`` of what was projected, [B, N, C]; ``bias`` [B, 1, 1, N] is added to its logits."""
+    attn = block.attn
     dropout = attn.attn_drop.p if attn.training else 0.0
     heads = F.scaled_dot_product_attention(
         parts.q, parts.k, parts.v, attn_mask=bias, dropout_p=dropout, scale=parts.scale
@@ -251,7 +265,7 @@ def attend_prefix(block: Block, x: Tensor, log_size: Tensor | None, prefix: int)
         kv.reshape(batch, count, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     )
     parts = Projections(_through(attn.q_norm, q), _through(attn.k_norm, k), v, attn.scale)
-    return x[:, :prefix] + _attention_output(block, parts, log_size)
+    return x[:, :prefix] + attention_output(block, parts, _bias(parts, log_size))
 
 
 def feed_forward(block: Block, x: Tensor) -> Tensor:

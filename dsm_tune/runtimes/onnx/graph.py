@@ -10,6 +10,7 @@ from dsm_tune.merging.backbone import Projections
 from dsm_tune.merging.blocks import random_feature
 from dsm_tune.plan import Matching, MergePlan, Step
 from dsm_tune.runtimes.onnx import steps
+from dsm_tune.runtimes.onnx.joining import length
 from dsm_tune.runtimes.onnx.nodes import Builder, Layout, State, Value
 from dsm_tune.runtimes.onnx.pieces import BATCH, Pieces
 
@@ -78,7 +79,7 @@ def take_step(
         feature = steps.feature_of(g, options.feature, state.x, parts, layout, level=merges)
     if merges:
         return steps.merge(g, state, feature, received, options, layout)
-    return _drop(g, step, state, g.flat(steps.length(g, feature)), options, layout)
+    return _drop(g, step, state, g.flat(length(g, feature)), options, layout)
 
 
 def _drop(

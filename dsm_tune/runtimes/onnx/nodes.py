@@ -45,9 +45,13 @@ class Builder:
         return functools.partial(self._add, kind)
 
     def _add(self, kind: str, *inputs: Value, **attributes: Any) -> Value:
-        node = onnx_ir.node(kind, inputs, attributes, num_outputs=SEVERAL.get(kind, 1))
+        found = self._several(SEVERAL.get(kind, 1), kind, *inputs, **attributes)
+        return found if kind in SEVERAL else found[0]
+
+    def _several(self, outputs: int, kind: str, *inputs: Value, **attributes: Any) -> list[Value]:
+        node = onnx_ir.node(kind, inputs, attributes, num_outputs=outputs)
         self.nodes.append(node)
-        return node.outputs[0] if kind not in SEVERAL else node.outputs
+        return list(node.outputs)
 
     def input(self, name: str, *sides: int | str) -> Value:
         """A float32 input with these sides."""
@@ -170,6 +174,12 @@ class Builder:
     def cut(self, x: Value, first: int, end: int) -> Value:
         """Tokens of [B, n, ...]."""
         return self.Slice(x, self.integers(first), self.integers(end), self.integers(1))
+
+    def split(self, x: Value, *widths: int) -> list[Value]:
+        """Channels of [B, n, C] in parts of these widths."""
+        if len(widths) == 1:
+            return [x]
+        return self._several(len(widths), "Split", x, self.integers(*widths), axis=2)
 
     def flipped(self, x: Value) -> Value:
         """[B, n, m] to [B, m, n]."""

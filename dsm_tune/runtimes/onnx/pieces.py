@@ -109,7 +109,9 @@ class _Attention(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor, log_size: Tensor | None = None) -> tuple[Tensor, ...]:
-        x, parts = backbone.attend(self.block, x, log_size)
+        parts = backbone.project(self.block, x)
+        bias = None if log_size is None else log_size.unsqueeze(1).transpose(2, 3)
+        x = x + backbone.attention_output(self.block, parts, bias)
         return x, parts.q, parts.k, parts.v
 
 
@@ -227,7 +229,7 @@ def _attention(
 ) -> Value:
     """``softmax(q kᵀ · scale + mask) v``; [B, H, N, d], the mask [B, 1, 1, N].
 
-    Where all tokens ask, the mask is one more channel of the keys, and 1 one of the queries: to
+    Where all tokens ask, the mask is one more channel of the keys, and 1 / scale of the queries: to
     add it to [B, H, N, N] logits takes as long as their softmax.
     """
     if is_causal or dropout_p or enable_gqa:  # no block that can be merged has any of them
@@ -235,13 +237,11 @@ def _attention(
     scale = scale or q.shape[-1] ** -0.5
     late = attn_mask
     if attn_mask is not None and not isinstance(q.shape[2], int):
-        column = op.Mul(
-            op.Transpose(attn_mask, perm=[0, 1, 3, 2]), op.Constant(value_float=1 / scale)
-        )
+        column = op.Transpose(attn_mask, perm=[0, 1, 3, 2])
         heads = op.Expand(column, op.Constant(value_ints=[1, q.shape[1], 1, 1]))
         k, late = op.Concat(k, heads, axis=-1), None
-        one = op.Constant(value_float=1.0)
-        q = op.Pad(q, op.Constant(value_ints=[0, 0, 0, 0, 0, 0, 0, 1]), one)
+        same = op.Constant(value_float=1 / scale)
+        q = op.Pad(q, op.Constant(value_ints=[0, 0, 0, 0, 0, 0, 0, 1]), same)
     logits = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))
     logits = op.Mul(logits, op.Constant(value_float=scale))
     if late is not None:

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from dsm_tune.merging.backbone import Projections
+from dsm_tune.merging.scores import LEAST_SHARE
 from dsm_tune.plan import Matching
 from dsm_tune.runtimes.onnx.edges import edges, unit
+from dsm_tune.runtimes.onnx.joining import Moves, join, length
 from dsm_tune.runtimes.onnx.nodes import Builder, Layout, State, Value
 
 __all__ = [
     "attention_to_values",
     "feature_of",
     "fuse",
-    "length",
     "merge",
     "prune",
     "received_by",
@@ -125,49 +126,14 @@ def merge(
     The tokens that stay are fetched in their new order; to those among them that are joined, a
     product with a one-hot [B, N - r, r] adds what comes.
     """
-    x, size, place = state
     order, target = edges(g, state, feature, received, options, layout)
     left, behind = layout.count - layout.r, layout.prefix + layout.rest
     sources = g.Gather(g.constant(layout.even), order)
     seats = _seats(g, sources, layout.ranks(), layout, layout.r)
-    stays, leaves = g.cut(seats, 0, left), g.cut(seats, left, layout.count)
     places = np.eye(len(layout.odd), left, k=behind)
-    joins = g.Gather(g.constant(places, np.float32), target)  # [B, r, N - r]
-    arrives = g.flipped(joins)
-
-    def meet(mass: Value) -> tuple[Value, Value, Value]:
-        """What comes [B, r, 1], what is there and the total: [B, N - r, 1]."""
-        if mass is None:
-            there, comes = (g.constant(np.ones((1, n, 1)), np.float32) for n in (left, layout.r))
-        else:
-            there, comes = g.rows(mass, stays), g.rows(mass, leaves)
-        return comes, there, g.Add(there, g.MatMul(arrives, comes))
-
-    comes, there, new_size = meet(size)
-    total, weight = new_size, _weight(g, received, options, layout)
-    if weight is not None:
-        comes, there, total = meet(weight if size is None else g.Mul(size, weight))
-    shares, keeps = g.Div(comes, g.MatMul(joins, total)), g.Div(there, total)
-
-    def mean(staying: Value, leaving: Value) -> Value:
-        return g.Add(g.Mul(staying, keeps), g.MatMul(arrives, g.Mul(leaving, shares)))
-
-    staying, leaving = g.rows(x, stays), g.rows(x, leaves)
-    merged = mean(staying, leaving)
-    if options.norm != "free":
-        own, theirs = length(g, staying), length(g, leaving)
-        if options.norm == "mean":
-            wanted = mean(own, theirs)
-        else:
-            longest = g.ReduceMax(g.Mul(joins, theirs), g.integers(1), keepdims=1)
-            wanted = g.Max(own, g.flipped(longest))
-        actual = g.Max(length(g, merged), g.constant(1e-6, np.float32))
-        merged = g.Mul(merged, g.Div(wanted, actual))
-    if place is not None:
-        place_there = g.rows(place, stays)
-        centroid = options.position == "centroid"
-        place = mean(place_there, g.rows(place, leaves)) if centroid else place_there
-    return State(merged, new_size, place)
+    joins = g.Gather(g.constant(places, np.float32), target)
+    moves = Moves(g, g.cut(seats, 0, left), g.cut(seats, left, layout.count), joins)
+    return join(g, state, _weight(g, received, options, layout), options, layout, moves)
 
 
 def _seats(g: Builder, leaves: Value, ranks: Any, layout: Layout, several: int) -> Value:
@@ -179,7 +145,7 @@ def _seats(g: Builder, leaves: Value, ranks: Any, layout: Layout, several: int) 
         several: how many leave.
     """
     count = layout.count
-    behind = np.arange(count, count + several)
+    behind = layout.geometry.tokens + np.arange(several)  # the same in all steps: made once
     late, keys = (g.Add(g.zeros(), g.constant(numbers, np.float32)) for numbers in (behind, ranks))
     keys = g.ScatterElements(keys, leaves, late, axis=1)
     order = g.TopK(keys, g.integers(count), axis=1, largest=0)[1]
@@ -187,15 +153,9 @@ def _seats(g: Builder, leaves: Value, ranks: Any, layout: Layout, several: int) 
 
 
 def _weight(g: Builder, received: Value, options: Matching, layout: Layout) -> Value:
+    """What :func:`dsm_tune.merging.scores.attention_weight` gives, up to a factor: [B, N, 1]."""
     if received is None or not options.attention_weight:
         return None
-    share = g.Mul(received, g.constant(layout.count, np.float32))
-    weight = g.Max(share, g.constant(1e-3, np.float32))
+    weight = g.column(g.Max(received, g.constant(LEAST_SHARE / layout.count, np.float32)))
     power = options.attention_weight
-    weight = g.column(weight)
     return weight if power == 1 else g.Pow(weight, g.constant(power, np.float32))
-
-
-def length(g: Builder, x: Value) -> Value:
-    """Lengths of [B, n, C]: [B, n, 1]; in three nodes, which take half of what ReduceL2 takes."""
-    return g.Sqrt(g.ReduceSum(g.Mul(x, x), g.integers(2), keepdims=1))

@@ -14,6 +14,7 @@ from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp, SwiGLU
+from timm.layers.norm import LayerNorm
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer_hybrid import HybridEmbed
@@ -31,6 +32,7 @@ __all__ = [
     "attention_output",
     "feed_forward",
     "image_size",
+    "mlp_norm",
     "pool_by_size",
     "project",
     "read_geometry",
@@ -268,9 +270,23 @@ def attend_prefix(block: Block, x: Tensor, log_size: Tensor | None, prefix: int)
     return x[:, :prefix] + attention_output(block, parts, _bias(parts, log_size))
 
 
-def feed_forward(block: Block, x: Tensor) -> Tensor:
-    """The MLP half of a block: ``x + MLP(norm2(x))``, [B, N, C] to [B, N, C]."""
-    normed, mlp = block.norm2(x), block.mlp
+def mlp_norm(block: Block) -> nn.LayerNorm | None:
+    """The norm of the MLP half, if it is a LayerNorm that nobody watches, with weight and bias."""
+    norm: Any = block.norm2
+    is_plain = type(norm) in (nn.LayerNorm, LayerNorm) and not is_watched(norm)
+    return norm if is_plain and norm.weight is not None and norm.bias is not None else None
+
+
+def feed_forward(block: Block, x: Tensor, normed: Tensor | None = None) -> Tensor:
+    """The MLP half of a block: ``x + MLP(norm2(x))``, [B, N, C] to [B, N, C].
+
+    Args:
+        block: of a model that :func:`read_geometry` accepts.
+        x: [B, N, C].
+        normed: ``norm2(x)``, if it is known.
+    """
+    mlp = block.mlp
+    normed = block.norm2(x) if normed is None else normed
     if type(mlp) is Mlp:
         hidden = _through(mlp.norm, _through(mlp.drop1, linear_gelu(mlp.fc1, mlp.act, normed)))
         mixed = _through(mlp.drop2, linear(mlp.fc2, hidden))

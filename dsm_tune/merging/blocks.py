@@ -78,7 +78,7 @@ class MergedBlocks(nn.Sequential):
         block, step, plan = self[index], self.steps.get(index), self.plan
         log_size = None
         if plan.proportional_attention and tokens.size is not None:
-            log_size = tokens.size.log()
+            log_size = tokens.size.log() if tokens.log_size is None else tokens.log_size
         if plan.last_block == "prefix" and index == len(self) - 1:
             x = backbone.attend_prefix(block, tokens.x, log_size, plan.geometry.prefix)
             return Tokens(backbone.feed_forward(block, x))
@@ -87,27 +87,42 @@ class MergedBlocks(nn.Sequential):
                 block(tokens.x) if self.is_dense else backbone.run(block, tokens.x)
             )
         tokens = self._attend(tokens, index, log_size)
-        return tokens.having(backbone.feed_forward(block, tokens.x))
+        return tokens.having(backbone.feed_forward(block, tokens.x, tokens.normed))
 
     def _attend(self, tokens: Tokens, index: int, log_size: Tensor | None) -> Tokens:
         """The attention half of a block, and its step.
 
         What they needed is free when it returns: the MLP half finds that memory in the caches.
         """
-        x, parts = backbone.attend(self[index], tokens.x, log_size)
+        block, step = self[index], self.steps.get(index)
+        x, parts = backbone.attend(block, tokens.x, log_size)
         tokens = tokens.having(x)
-        step = self.steps.get(index)
-        return tokens if step is None else self.take_step(tokens, step, parts, log_size)
+        if step is None:
+            return tokens
+        return self.take_step(tokens, step, parts, log_size, backbone.mlp_norm(block))
 
     def take_step(
-        self, tokens: Tokens, step: Step, parts: backbone.Projections, log_size: Tensor | None
+        self,
+        tokens: Tokens,
+        step: Step,
+        parts: backbone.Projections,
+        log_size: Tensor | None,
+        mlp_norm: nn.LayerNorm | None = None,
     ) -> Tokens:
-        """What a step leaves of the tokens of its block, after the attention half."""
+        """What a step leaves of the tokens of its block, after the attention half.
+
+        Args:
+            tokens: of the block.
+            step: one of the plan's.
+            parts: projections of the block.
+            log_size: [B, N] or ``None``, as the block's attention had it.
+            mlp_norm: what comes next, which a step may do on its way.
+        """
         options, prefix = self.plan.matching, self.plan.geometry.prefix
         if step.block <= self.last_local and tokens.place is None:
             tokens = dataclasses.replace(tokens, place=self._places(tokens.x))
         if step.kind == "merge":
-            return self._merge(tokens, step, parts, log_size)
+            return self._merge(tokens, step, parts, log_size, mlp_norm)
         worth = scores.worth_of(
             options, parts, log_size, prefix, lambda: self._feature(tokens, step, parts)
         )
@@ -124,7 +139,12 @@ class MergedBlocks(nn.Sequential):
         return numbers.to(tokens.x.dtype).expand(tokens.x.shape[0], -1, -1)
 
     def _merge(
-        self, tokens: Tokens, step: Step, parts: backbone.Projections, log_size: Tensor | None
+        self,
+        tokens: Tokens,
+        step: Step,
+        parts: backbone.Projections,
+        log_size: Tensor | None,
+        mlp_norm: nn.LayerNorm | None,
     ) -> Tokens:
         options = self.plan.matching
         if options.feature in ("k", "q", "v"):
@@ -133,7 +153,7 @@ class MergedBlocks(nn.Sequential):
             feature = self._feature(tokens, step, parts).unsqueeze(1)
         prefix = self.plan.geometry.prefix
         result = compiled.merged_tokens(
-            compiled.Merge(tokens, feature, parts, log_size, step, options, prefix)
+            compiled.Merge(tokens, feature, parts, log_size, step, options, prefix, mlp_norm)
         )
         if result.place is None or step.block < self.last_local:
             return result

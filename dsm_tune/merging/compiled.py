@@ -12,7 +12,7 @@ import struct
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsm_tune.merging import joining, matching, on_cpu, scores, team
 from dsm_tune.merging.backbone import Projections
@@ -49,6 +49,7 @@ class Merge(NamedTuple):
         step: at least one token leaves.
         options: of the plan.
         prefix: p.
+        mlp_norm: what the tokens go through next, with weight and bias, or ``None``.
     """
 
     tokens: Tokens
@@ -58,16 +59,17 @@ class Merge(NamedTuple):
     step: Step
     options: Matching
     prefix: int
+    mlp_norm: nn.LayerNorm | None = None
 
 
 def merged_tokens(merge: Merge) -> Tokens:
-    """Match and merge: N - r tokens."""
+    """Match and merge: N - r tokens; the loop also takes logarithms of sizes and the norm."""
     return _by_loop(merge) if suits(merge.tokens.x) else by_operators(merge)
 
 
 def by_operators(merge: Merge) -> Tokens:
     """The same by the tensor functions."""
-    tokens, feature, parts, log_size, step, options, prefix = merge
+    tokens, feature, parts, log_size, step, options, prefix, _ = merge
     pairs = matching.similarity(on_cpu.mean_over_heads(feature), prefix)
     if options.size_penalty and tokens.size is not None:
         pairs = pairs - scores.size_penalty(tokens.size, prefix, options.size_penalty)
@@ -92,7 +94,7 @@ def by_operators(merge: Merge) -> Tokens:
 
 
 def _by_loop(merge: Merge) -> Tokens:
-    tokens, feature, parts, log_size, step, options, prefix = merge
+    tokens, feature, parts, log_size, step, options, prefix, mlp_norm = merge
     # What is called here stands between a step and its work: a forward of one image feels it.
     (batch, count, channels), loops, r = tokens.x.shape, _loops(), step.r
     even, odd = matching.first_positions(prefix)
@@ -104,28 +106,35 @@ def _by_loop(merge: Merge) -> Tokens:
             query, key = query.contiguous(), key.contiguous()
     elif options.needs_attention:
         received = scores.attention_to(options.attention, parts, log_size)
-    x, size = tokens.x.new_empty(batch, left, channels), tokens.x.new_empty(batch, left)
-    place = order = destination = None
+    x = tokens.x.new_empty(batch, left, channels)
+    size, new_log_size = tokens.x.new_empty(2, batch, left).unbind()
+    place = order = destination = normed = weight = bias = None
+    if mlp_norm is not None:
+        normed, weight, bias = torch.empty_like(x), mlp_norm.weight, mlp_norm.bias
     if tokens.place is not None:
         place = tokens.x.new_empty(batch, left, 2)
     if tokens.origin is not None:
         order = torch.empty(batch, evens, dtype=torch.int64)
         destination = torch.empty(batch, r, dtype=torch.int64)
-    given = [log_size, received, tokens.x, tokens.size, tokens.place]
+    given = [log_size, received, tokens.x, tokens.size, tokens.place, weight, bias]
     given = [None if one is None else one.contiguous() for one in given]
     team.run(
         loops.step, batch, count, channels, *_side_by_side(feature), *_side_by_side(key),
         evens, odds, r, prefix, even, odd, step.window or 0, options.quota == "equal",
         loops.NORMS[options.norm], options.position == "centroid",
-        *_bits(options.size_penalty, options.salience, options.attention_weight, parts.scale),
-        *map(_address, (feature, query, key, *given, x, size, place, order, destination)),
+        *_bits(
+            options.size_penalty, options.salience, options.attention_weight, parts.scale,
+            0.0 if mlp_norm is None else mlp_norm.eps,
+        ),
+        *map(_address, (feature, query, key, *given)),
+        *map(_address, (x, size, new_log_size, place, normed, order, destination)),
         shares=batch,
     )  # fmt: skip
     origin = tokens.origin
     if order is not None and destination is not None and origin is not None:
         choice = matching.Choice(order, destination)
         origin = joining.follow(origin, joining.positions(choice, count, prefix))
-    return Tokens(x, size, place, origin)
+    return Tokens(x, size, place, origin, new_log_size, normed)
 
 
 def _bits(*factors: float) -> tuple[int, ...]:

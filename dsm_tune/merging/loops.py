@@ -33,8 +33,8 @@ WIDE = {"contract", "reassoc", "nsz"}  # what lets sums use wide registers
 part = njit(nogil=True, fastmath=WIDE)  # of the loop; compiled with it
 machine_code: Callable[[Callable[..., Any]], Any] = intrinsic  # likewise; says how to make it
 
-# What the loop is given, in order, each of 8 bytes.
-FACTORS = ("size_penalty", "salience", "attention_weight", "scale")  # float64; all others int64
+# What the loop is given, in order, each of 8 bytes: these in float64, all others in int64.
+FACTORS = ("size_penalty", "salience", "attention_weight", "scale", "mlp_norm_epsilon")
 GIVEN = (
     *("team_size", "thread_number"),  # addresses of what tells them; 0 for one thread
     *("images", "tokens", "channels"),
@@ -42,9 +42,10 @@ GIVEN = (
     *("key_heads", "key_width", "key_to_image", "key_to_head", "key_to_token"),  # the next one
     *("evens", "odds", "r", "prefix", "first_even", "first_odd"),
     *("window", "equal_quota", "norm", "centroid", *FACTORS),
-    # Addresses, 0 for none; of what the last five name, it is filled in.
+    # Addresses, 0 for none; of what the last seven name, it is filled in.
     *("feature", "query", "key", "log_size", "received", "x", "size", "place"),
-    *("new_x", "new_size", "new_place", "order", "destination"),
+    *("mlp_norm_weight", "mlp_norm_bias"),  # [C] each
+    *("new_x", "new_size", "new_log_size", "new_place", "normed", "order", "destination"),
 )
 NUMBERS: Any = types.CPointer  # of a kind
 RECORD = types.Record.make_c_struct(
@@ -393,6 +394,26 @@ def _join(x: Any, rows: Any, source: Any, target: Any, share: Any, norm: Any, me
 
 
 @part
+def _normalise(x: Any, given: Any, normed: Any) -> None:
+    """As torch's ``layer_norm``, of [N, C]: fill in as many."""
+    count, channels = x.shape
+    weight = _of(0, given.mlp_norm_weight, (channels,))
+    bias = _of(0, given.mlp_norm_bias, (channels,))
+    share, epsilon = np.float32(1.0) / np.float32(channels), np.float32(given.mlp_norm_epsilon)
+    for i in range(count):
+        one, into = x[i], normed[i]
+        mean, spread = np.float32(0.0), np.float32(0.0)
+        for c in range(channels):
+            mean += one[c]
+        mean *= share
+        for c in range(channels):
+            spread += (one[c] - mean) ** 2
+        scale = np.float32(1.0) / np.sqrt(spread * share + epsilon)
+        for c in range(channels):
+            into[c] = (one[c] - mean) * scale * weight[c] + bias[c]
+
+
+@part
 def _merge(image: Any, given: Any, ranked: Any, partner: Any, weight: Any) -> None:
     """As ``joining.merge``, for an image."""
     count, channels, r = given.tokens, given.channels, given.r
@@ -403,6 +424,7 @@ def _merge(image: Any, given: Any, ranked: Any, partner: Any, weight: Any) -> No
     share, total = np.empty(r, np.float32), np.empty(left, np.float32)
     one = np.float32(1.0)
     first = _seat(ranked, given, rows)
+    log_size = _of(image, given.new_log_size, (left,))
     for i in range(left):
         new_size[i] = size[rows[i]] if size.shape[0] else one
         total[i] = new_size[i] * (weight[rows[i]] if weight.shape[0] else one)
@@ -415,8 +437,12 @@ def _merge(image: Any, given: Any, ranked: Any, partner: Any, weight: Any) -> No
         total[target[i]] += share[i]
     for i in range(r):
         share[i] /= total[target[i]]
+    for i in range(left):
+        log_size[i] = np.log(new_size[i])
     x, merged = _of(image, given.x, (count, channels)), _of(image, given.new_x, (left, channels))
     _join(x, rows, source, target, share, given.norm, merged)
+    if given.normed:
+        _normalise(merged, given, _of(image, given.normed, (left, channels)))
     place, new_place = _of(image, given.place, (count, 2)), _of(image, given.new_place, (left, 2))
     if place.shape[0] and given.centroid:
         _join(place, rows, source, target, share, 0, new_place)

@@ -94,7 +94,10 @@ def test_the_same_edges_merge_into_the_same_tokens(
     parts = projections(seed + 3, batch, count, heads, width)
     r = data.draw(st.integers(1, halves(x, prefix)[0].shape[1]))  # else it is no step
     step, log_size = Step(0, "merge", r, window), None if size is None else size.log()
-    given = Merge(tokens, getattr(parts, whose), parts, log_size, step, options, prefix)
+    norm = torch.nn.LayerNorm(5, eps=0.1)
+    norm.weight.copy_(drawn(seed + 6, 5))
+    norm.bias.copy_(drawn(seed + 7, 5))
+    given = Merge(tokens, getattr(parts, whose), parts, log_size, step, options, prefix, norm)
 
     plain = compiled.by_operators(given)
     assert compiled.suits(x)
@@ -103,6 +106,8 @@ def test_the_same_edges_merge_into_the_same_tokens(
     assert torch.equal(loop.origin, plain.origin)  # the same edges, in the same order
     assert torch.equal(loop.size, plain.size)
     torch.testing.assert_close(loop.x, plain.x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loop.log_size, plain.size.log(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(loop.normed, norm(loop.x), atol=1e-5, rtol=1e-5)
     if place is not None:
         torch.testing.assert_close(loop.place, plain.place, atol=1e-5, rtol=1e-5)
     before = {tuple(row.tolist()) for row in x.flatten(0, 1)}
@@ -257,6 +262,29 @@ def test_without_numba_torch_s_operators_take_the_steps(monkeypatch: pytest.Monk
             compiled._loops.cache_clear()
     assert compiled.suits(images)
     torch.testing.assert_close(without, with_loops, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["watched", "adapted", "of another kind", "without numbers"])
+@torch.no_grad()
+def test_a_norm_that_is_more_than_its_numbers_is_called(norm: str) -> None:
+    model = small_vit(grid=(14, 14))
+    called = []
+    for block in model.blocks:
+        if norm == "watched":
+            block.norm2.register_forward_pre_hook(lambda _, given: called.append(given))
+        elif norm == "adapted":
+            block.norm2.register_forward_hook(lambda _, __, out: called.append(out) or out * 2)
+        elif norm == "of another kind":
+            block.norm2 = torch.nn.RMSNorm(model.embed_dim)
+        else:
+            block.norm2 = torch.nn.LayerNorm(model.embed_dim, elementwise_affine=False)
+    images = images_for(model)
+    with merged(model, plan_for(model, (0, "merge", 30, None), (2, "merge", 40, None))) as fast:
+        by_loop = fast(images)
+        assert len(called) == (len(model.blocks) if norm in ("watched", "adapted") else 0)
+        with torch.enable_grad():
+            by_operators = fast(images)
+    torch.testing.assert_close(by_loop, by_operators.detach(), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

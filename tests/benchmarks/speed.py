@@ -2,11 +2,12 @@
 
 Needs torch and timm alone, and the packages of ``dsm-tune[onnx]`` for ``--runtime onnx`` (where
 ToMe's plain loop stays eager, and dense and ToMe are shown eager too, as with ``--runtime
-compile``, which takes minutes for torch.compile). All forwards are timed in turn, in one run. For
-each batch size the table gives, for every candidate: GMACs, its speed relative to dense (median
-over rounds of dense / candidate, with quartiles), its efficiency (speed relative to a dense model
-of the same operators, over the ratio of GMACs), and its speed relative to its slice floor: the
-same forward with matching and merging replaced by cutting the token axis to the same lengths.
+compile``, which takes minutes for torch.compile). All forwards are timed in turn, in one run, each
+behind one of its own. For each batch size the table gives, for every candidate: GMACs, its speed
+relative to dense (median over rounds of dense / candidate, with quartiles), its efficiency (speed
+relative to a dense model of the same operators, over the ratio of GMACs), and its speed relative to
+its slice floor: the same forward with matching and merging replaced by cutting the token axis to
+the same lengths.
 Eager on a CPU, a merged model's operators are quicker than the dense model's own: "dense, oneDNN"
 is what dense takes with them.
 """
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dsm_tune import schedules
-from dsm_tune.measuring.latency import timer_for, when_warm
+from dsm_tune.measuring.latency import timer_for
 from dsm_tune.measuring.memory import keep_freed_memory
 from dsm_tune.merging import backbone
 from dsm_tune.merging.backbone import read_geometry
@@ -215,16 +216,14 @@ class Graphs:
 def measure(calls: dict[str, Callable[[], object]], x: Tensor, seconds: float) -> Times:
     """Milliseconds by name, one per round."""
     timed = timer_for(x.device)
-    for call in calls.values():
-        timed(call)
-    warm = {name: when_warm(call, timed) for name, call in calls.items()}
-    found: Times = {name: [] for name in warm}
+    found: Times = {name: [] for name in calls}
     start = time.monotonic()
     while time.monotonic() - start < seconds or len(found["dense"]) < 7:
-        for name, call in warm.items():
+        for name, call in calls.items():
             if name in STAY_EAGER:
                 time.sleep(REST)
-            found[name].append(call().ms)
+            call()  # as in steady service: what was run before was another model
+            found[name].append(timed(call).ms)
             if name in STAY_EAGER:
                 time.sleep(REST)
     return found

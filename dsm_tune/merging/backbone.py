@@ -7,8 +7,9 @@ DropPath, qk-norm) is kept, and a block of a kind that we do not know is refused
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolLatent
@@ -26,6 +27,7 @@ from dsm_tune.merging.refusals import reason_for
 from dsm_tune.plan import Geometry
 
 __all__ = [
+    "Norm",
     "Projections",
     "attend",
     "attend_prefix",
@@ -49,6 +51,14 @@ class Projections:
     k: Tensor
     v: Tensor
     scale: float
+
+
+class Norm(NamedTuple):
+    """What a LayerNorm consists of: weight and bias [C] float32, and epsilon."""
+
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
 
 
 def read_geometry(model: nn.Module) -> Geometry:
@@ -270,11 +280,15 @@ def attend_prefix(block: Block, x: Tensor, log_size: Tensor | None, prefix: int)
     return x[:, :prefix] + attention_output(block, parts, _bias(parts, log_size))
 
 
-def mlp_norm(block: Block) -> nn.LayerNorm | None:
-    """The norm of the MLP half, if it is a LayerNorm that nobody watches, with weight and bias."""
+def mlp_norm(block: Block) -> Norm | None:
+    """The norm of the MLP half, if it is a LayerNorm that nobody watches, all in float32."""
     norm: Any = block.norm2
-    is_plain = type(norm) in (nn.LayerNorm, LayerNorm) and not is_watched(norm)
-    return norm if is_plain and norm.weight is not None and norm.bias is not None else None
+    if type(norm) not in (nn.LayerNorm, LayerNorm) or is_watched(norm):
+        return None
+    numbers = norm.weight, norm.bias
+    if any(one is None or one.dtype is not torch.float32 for one in numbers):
+        return None
+    return Norm(*numbers, norm.eps)
 
 
 def feed_forward(block: Block, x: Tensor, normed: Tensor | None = None) -> Tensor:

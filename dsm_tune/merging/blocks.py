@@ -107,7 +107,7 @@ class MergedBlocks(nn.Sequential):
         step: Step,
         parts: backbone.Projections,
         log_size: Tensor | None,
-        mlp_norm: nn.LayerNorm | None = None,
+        mlp_norm: backbone.Norm | None = None,
     ) -> Tokens:
         """What a step leaves of the tokens of its block, after the attention half.
 
@@ -144,7 +144,7 @@ class MergedBlocks(nn.Sequential):
         step: Step,
         parts: backbone.Projections,
         log_size: Tensor | None,
-        mlp_norm: nn.LayerNorm | None,
+        mlp_norm: backbone.Norm | None,
     ) -> Tokens:
         options = self.plan.matching
         if options.feature in ("k", "q", "v"):

@@ -12,10 +12,10 @@ import struct
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsm_tune.merging import joining, matching, on_cpu, scores, team
-from dsm_tune.merging.backbone import Projections
+from dsm_tune.merging.backbone import Norm, Projections
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.plan import Matching, Step
 
@@ -49,7 +49,7 @@ class Merge(NamedTuple):
         step: at least one token leaves.
         options: of the plan.
         prefix: p.
-        mlp_norm: what the tokens go through next, with weight and bias, or ``None``.
+        mlp_norm: what the tokens go through next, or ``None``.
     """
 
     tokens: Tokens
@@ -59,7 +59,7 @@ class Merge(NamedTuple):
     step: Step
     options: Matching
     prefix: int
-    mlp_norm: nn.LayerNorm | None = None
+    mlp_norm: Norm | None = None
 
 
 def merged_tokens(merge: Merge) -> Tokens:
@@ -109,8 +109,9 @@ def _by_loop(merge: Merge) -> Tokens:
     x = tokens.x.new_empty(batch, left, channels)
     size, new_log_size = tokens.x.new_empty(2, batch, left).unbind()
     place = order = destination = normed = weight = bias = None
+    epsilon = 0.0
     if mlp_norm is not None:
-        normed, weight, bias = torch.empty_like(x), mlp_norm.weight, mlp_norm.bias
+        normed, (weight, bias, epsilon) = torch.empty_like(x), mlp_norm
     if tokens.place is not None:
         place = tokens.x.new_empty(batch, left, 2)
     if tokens.origin is not None:
@@ -124,7 +125,7 @@ def _by_loop(merge: Merge) -> Tokens:
         loops.NORMS[options.norm], options.position == "centroid",
         *_bits(
             options.size_penalty, options.salience, options.attention_weight, parts.scale,
-            0.0 if mlp_norm is None else mlp_norm.eps,
+            epsilon,
         ),
         *map(_address, (feature, query, key, *given)),
         *map(_address, (x, size, new_log_size, place, normed, order, destination)),

@@ -187,6 +187,12 @@ def _largest(row: Any) -> Any:
     return best, min(at, odds - 1)  # of numbers that are none, too
 
 
+@njit(nogil=True, fastmath=False)  # where nothing is said, it would be the caller's
+def _rounded(one: Any, other: Any) -> Any:
+    """A product, rounded before it is added to anything: numbers tie as in the tensor functions."""
+    return one * other
+
+
 @part
 def _largest_inside(row: Any, tile: Any, tiles: Any) -> Any:
     """The largest of [b] within a tile, and the first place where it stands, or -1."""
@@ -304,7 +310,7 @@ def _match(image: Any, given: Any, received: Any, partner: Any) -> Any:
     rows = np.zeros((FOUR, columns.shape[0]), np.float32)
     found = np.empty((FOUR, columns.shape[1]), np.float32)
     worst = np.empty(evens, np.float32)  # the score, negated: a stable sort is ascending
-    crosses, times = np.zeros(evens, np.bool_), np.float32(given.salience) * np.float32(count)
+    crosses, times = np.zeros(evens, np.bool_), np.float32(given.salience * count)
     for a in range(evens):
         if a % FOUR == 0:
             for i in range(min(FOUR, evens - a)):
@@ -323,7 +329,9 @@ def _match(image: Any, given: Any, received: Any, partner: Any) -> Any:
         if at < 0:
             best, at = _largest(scores)
         partner[a] = at
-        worst[a] = times * received[token] - best if received.shape[0] and times else -best
+        worst[a] = -best
+        if received.shape[0] and times:
+            worst[a] += _rounded(times, received[token])
     ranked = np.argsort(worst, kind="mergesort")
     if not even_tiles.shape[0]:
         return ranked

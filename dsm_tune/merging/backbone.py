@@ -22,7 +22,7 @@ from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import Tensor, nn
 
 from dsm_tune.errors import ModelError
-from dsm_tune.merging.on_cpu import is_watched, linear, linear_gelu, product, suits
+from dsm_tune.merging.on_cpu import attention, is_watched, linear, linear_gelu, product, suits
 from dsm_tune.merging.refusals import reason_for
 from dsm_tune.plan import Geometry
 
@@ -247,12 +247,13 @@ def _through(module: Any, x: Tensor) -> Tensor:
 
 def attention_output(block: Block, parts: Projections, bias: Tensor | None) -> Tensor:
     """``Attn`` of what was projected, [B, N, C]; ``bias`` [B, 1, 1, N] is added to its logits."""
-    attn = block.attn
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    heads = F.scaled_dot_product_attention(
-        parts.q, parts.k, parts.v, attn_mask=bias, dropout_p=dropout, scale=parts.scale
-    )
-    mixed = linear(attn.proj, _through(attn.norm, heads.transpose(1, 2).flatten(2)))
+    attn, (q, k, v) = block.attn, (parts.q, parts.k, parts.v)
+    if attn.training and attn.attn_drop.p:
+        heads = F.scaled_dot_product_attention(q, k, v, bias, attn.attn_drop.p, scale=parts.scale)
+        heads = heads.transpose(1, 2).flatten(2)
+    else:
+        heads = attention(q, k, v, parts.scale, bias)
+    mixed = linear(attn.proj, _through(attn.norm, heads))
     return _through(block.drop_path1, _through(block.ls1, _through(attn.proj_drop, mixed)))
 
 

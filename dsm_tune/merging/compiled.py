@@ -1,41 +1,28 @@
 """A merge step, the quickest way there is: one compiled loop on a CPU, eager.
 
-It is in :mod:`~dsm_tune.merging.loops`, which is imported when the first tokens merge, and takes
-the place of some fifty operators. Elsewhere the tensor functions do it.
+It is :mod:`.loops.step`, which is imported when the first tokens merge, and takes the place of some
+fifty operators. Elsewhere the tensor functions do it.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsm_tune.merging import joining, matching, on_cpu, scores, team
+from dsm_tune.merging import joining, loops, matching, on_cpu, scores
 from dsm_tune.merging.backbone import Norm, Projections
 from dsm_tune.merging.joining import Tokens
+from dsm_tune.merging.loops import team
 from dsm_tune.plan import Matching, Step
 
 __all__ = ["Merge", "by_operators", "merged_tokens", "suits"]
 
 
-@functools.cache
-def _loops() -> Any:
-    """The compiled loop; ``None`` where numba is not installed."""
-    try:
-        return importlib.import_module("dsm_tune.merging.loops")
-    except ModuleNotFoundError as error:
-        if error.name not in ("numba", "llvmlite"):
-            raise
-        return None
-
-
 def suits(x: Tensor) -> bool:
     """Whether a merge of tokens [B, N, C] may be done by the compiled loop."""
-    return on_cpu.suits(x) and _loops() is not None
+    return on_cpu.suits(x) and loops.compiled("step") is not None
 
 
 class Merge(NamedTuple):
@@ -96,7 +83,7 @@ def by_operators(merge: Merge) -> Tokens:
 def _by_loop(merge: Merge) -> Tokens:
     tokens, feature, parts, log_size, step, options, prefix, mlp_norm = merge
     # What is called here stands between a step and its work: a forward of one image feels it.
-    (batch, count, channels), loops, r = tokens.x.shape, _loops(), step.r
+    (batch, count, channels), loop, r = tokens.x.shape, loops.compiled("step"), step.r
     even, odd = matching.first_positions(prefix)
     evens, odds, left = (count - even + 1) // 2, (count - odd + 1) // 2, count - r
     feature, query, key, received = _in_rows(feature), None, parts.k, None
@@ -120,10 +107,10 @@ def _by_loop(merge: Merge) -> Tokens:
     given = [log_size, received, tokens.x, tokens.size, tokens.place, weight, bias]
     given = [None if one is None else one.contiguous() for one in given]
     team.run(
-        loops.step, batch, count, channels, *_side_by_side(feature), *_side_by_side(key),
+        loop.step, batch, count, channels, *_side_by_side(feature), *_side_by_side(key),
         evens, odds, r, prefix, even, odd, step.window or 0, options.quota == "equal",
-        loops.NORMS[options.norm], options.position == "centroid",
-        *_bits(
+        loop.NORMS[options.norm], options.position == "centroid",
+        *on_cpu.bits(
             options.size_penalty, options.salience, options.attention_weight, parts.scale,
             epsilon,
         ),
@@ -136,11 +123,6 @@ def _by_loop(merge: Merge) -> Tokens:
         choice = matching.Choice(order, destination)
         origin = joining.follow(origin, joining.positions(choice, count, prefix))
     return Tokens(x, size, place, origin, new_log_size, normed)
-
-
-def _bits(*factors: float) -> tuple[int, ...]:
-    """Of float64 numbers, as int64."""
-    return struct.unpack(f"{len(factors)}q", struct.pack(f"{len(factors)}d", *factors))
 
 
 def _in_rows(x: Tensor) -> Tensor:

@@ -6,13 +6,20 @@ speed; oneDNN, which torch has too, does not, and applies GELU while a product i
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from dsm_tune.merging import loops
+from dsm_tune.merging.loops import team
+
 __all__ = [
+    "attention",
+    "bits",
     "is_watched",
     "linear",
     "linear_gelu",
@@ -31,6 +38,7 @@ def _operator() -> Any:
 
 
 PRODUCT = _operator()
+LEAST_QUERIES = 8  # for fewer, most of what the loop computes is for none
 LEAST = 2_000_000  # multiply-adds; below, a call of oneDNN takes longer than it saves
 
 
@@ -74,7 +82,7 @@ def linear_gelu(layer: Any, activation: Any, x: Tensor) -> Tensor:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[B, N, C] times the transpose of [O, C], and [O] more: [B, N, O]."""
     if not _pays(x, weight):
-        return nn.functional.linear(x, weight, bias)
+        return F.linear(x, weight, bias)
     quick: Tensor = PRODUCT(x, weight, bias, "none", [], "")
     return quick
 
@@ -93,6 +101,44 @@ def _is_plain(layer: Any) -> bool:
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody is told when a module runs: then it is to be called, not what it does."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """What queries [B, H, n, d] take of values, by keys: [B, n, H · d].
+
+    Args:
+        q: as above.
+        k: [B, H, N, d].
+        v: as k.
+        scale: of the products of queries and keys.
+        bias: [B, 1, 1, N], added to the logits of each key, or ``None``.
+    """
+    (batch, heads, queries, width), keys = q.shape, k.shape[2]
+    loop = loops.compiled("attention") if suits(q) and queries >= LEAST_QUERIES else None
+    if loop is None or loop.attend is None or min(keys, width) < loop.LEAST:
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return found.transpose(1, 2).flatten(2)
+    rows = [one if one.stride(3) == 1 else one.contiguous() for one in (q, k, v)]
+    result = q.new_empty(batch, queries, heads * width)
+    bias = None if bias is None else bias.contiguous()
+    team.run(
+        loop.attend, batch, heads, queries, keys, width,
+        *(number for one in rows for number in (one.data_ptr(), *_strides(one))),
+        0 if bias is None else bias.data_ptr(), *bits(scale), result.data_ptr(),
+        shares=batch * heads,
+    )  # fmt: skip
+    return result
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Of [B, H, N, d] in float32: bytes to the next image, head and token."""
+    batch, head, token, _ = x.stride()
+    return 4 * batch, 4 * head, 4 * token
+
+
+def bits(*factors: float) -> tuple[int, ...]:
+    """Of float64 numbers, as int64."""
+    return struct.unpack(f"{len(factors)}q", struct.pack(f"{len(factors)}d", *factors))
 
 
 def mean_over_heads(x: Tensor) -> Tensor:

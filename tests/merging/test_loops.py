@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from small_vits import images_for, plan_for, small_vit
 from torch import Tensor
 
-from dsm_tune.merging import compiled, team
+from dsm_tune.merging import compiled, loops
 from dsm_tune.merging.backbone import Norm, Projections
 from dsm_tune.merging.compiled import Merge
 from dsm_tune.merging.joining import Tokens, merge
+from dsm_tune.merging.loops import team
 from dsm_tune.merging.matching import choose_edges, halves, similarity
 from dsm_tune.merging.merged import merged
 from dsm_tune.merging.scores import LEAST_SHARE, attention_to
@@ -261,15 +262,15 @@ def test_without_numba_torch_s_operators_take_the_steps(monkeypatch: pytest.Monk
     plan = plan_for(model, (0, "merge", 30, 4), (2, "merge", 40, None))
     with merged(model, plan) as fast:
         with_loops = fast(images)
-        monkeypatch.delitem(sys.modules, "dsm_tune.merging.loops")
+        monkeypatch.delitem(sys.modules, "dsm_tune.merging.loops.step")
         monkeypatch.setitem(sys.modules, "numba", None)
-        compiled._loops.cache_clear()
+        loops.compiled.cache_clear()
         try:
             assert not compiled.suits(images)
             without = fast(images)
         finally:
             monkeypatch.undo()
-            compiled._loops.cache_clear()
+            loops.compiled.cache_clear()
     assert compiled.suits(images)
     torch.testing.assert_close(without, with_loops, atol=1e-4, rtol=1e-4)
 
@@ -306,7 +307,7 @@ def test_the_same_forward_twice_gives_the_same_bits() -> None:
 
 
 def test_where_machine_code_cannot_be_kept_it_is_made_anew() -> None:
-    code = "from dsm_tune.merging import loops; print(loops.step._cache.cache_path)"
+    code = "from dsm_tune.merging.loops.step import step; print(step._cache.cache_path)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"},  # fits no plain file

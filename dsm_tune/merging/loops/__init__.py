@@ -1,0 +1,23 @@
+"""What a block does on a CPU as compiled loops, and the threads that run them.
+
+numba compiles a loop when it is first asked for, some seconds each, and keeps the machine code.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+__all__ = ["compiled"]
+
+
+@functools.cache
+def compiled(name: str) -> Any:
+    """The module of a loop, ``attention`` or ``step``; ``None`` where numba is not installed."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("numba", "llvmlite"):
+            raise
+        return None

@@ -1,0 +1,145 @@
+"""What becomes of the tokens of an image that match, in a compiled loop.
+
+As :mod:`~.matching`, it does what the tensor functions do that it names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dsm_tune.merging.loops.machine import length, of_image, part
+from dsm_tune.merging.scores import LEAST_SHARE
+
+__all__ = ["merge", "weights"]
+
+LEAST = np.float32(LEAST_SHARE)
+
+
+@part
+def weights(given: Any, received: Any) -> Any:
+    """What sizes are multiplied with for the weights of a mean, [N], or none."""
+    power, count = np.float32(given.attention_weight), given.tokens
+    weight = np.empty(count if power and received.shape[0] else 0, np.float32)
+    for n in range(weight.shape[0]):
+        share = max(received[n] * np.float32(count), LEAST)
+        weight[n] = share if power == np.float32(1.0) else share**power
+    return weight
+
+
+@part
+def _seat(ranked: Any, given: Any, rows: Any) -> Any:
+    """Fill in the rows of those that stay, [N - r], in their new order; returns the first odd."""
+    stays = np.ones(given.evens, np.bool_)
+    for i in range(given.r):
+        stays[ranked[i]] = False
+    at = 0
+    for token in range(given.prefix):
+        rows[at] = token
+        at += 1
+    for a in range(given.evens):
+        if stays[a]:
+            rows[at] = given.first_even + 2 * a
+            at += 1
+    for b in range(given.odds):
+        rows[at + b] = given.first_odd + 2 * b
+    return at
+
+
+@part
+def _join(x: Any, rows: Any, source: Any, target: Any, share: Any, norm: Any, merged: Any) -> None:
+    """Fill in what [N, C] becomes, [N - r, C]: those that stay, with shares of those that join.
+
+    ``source`` and ``target`` are [r]: the row of x that leaves, the one of ``merged`` it joins.
+    """
+    r, channels = source.shape[0], x.shape[1]
+    for i in range(rows.shape[0]):
+        into, one = merged[i], x[rows[i]]
+        for c in range(channels):
+            into[c] = one[c]
+    for i in range(r):
+        into, one, own = merged[target[i]], x[source[i]], x[rows[target[i]]]
+        for c in range(channels):
+            into[c] += share[i] * (one[c] - own[c])
+    for i in range(r if norm else 0):
+        is_first = True
+        for j in range(i):
+            is_first = is_first and target[j] != target[i]
+        if not is_first:
+            continue
+        before = length(x[rows[target[i]]])
+        wanted = before
+        for j in range(i, r):
+            if target[j] == target[i]:
+                other = length(x[source[j]])
+                wanted = max(wanted, other) if norm == 2 else wanted + share[j] * (other - before)
+        into = merged[target[i]]
+        scale = wanted / max(length(into), np.float32(1e-6))
+        for c in range(channels):
+            into[c] *= scale
+
+
+@part
+def _normalise(x: Any, given: Any, normed: Any) -> None:
+    """As torch's ``layer_norm``, of [N, C]: fill in as many."""
+    count, channels = x.shape
+    weight = of_image(0, given.mlp_norm_weight, (channels,))
+    bias = of_image(0, given.mlp_norm_bias, (channels,))
+    share, epsilon = np.float32(1.0) / np.float32(channels), np.float32(given.mlp_norm_epsilon)
+    for i in range(count):
+        one, into = x[i], normed[i]
+        mean, spread = np.float32(0.0), np.float32(0.0)
+        for c in range(channels):
+            mean += one[c]
+        mean *= share
+        for c in range(channels):
+            spread += (one[c] - mean) ** 2
+        scale = np.float32(1.0) / np.sqrt(spread * share + epsilon)
+        for c in range(channels):
+            into[c] = (one[c] - mean) * scale * weight[c] + bias[c]
+
+
+@part
+def merge(image: Any, given: Any, ranked: Any, partner: Any, weight: Any) -> None:
+    """As ``joining.merge``, for an image."""
+    count, channels, r = given.tokens, given.channels, given.r
+    left = count - r
+    size = of_image(image, given.size, (count,))
+    new_size = of_image(image, given.new_size, (left,))
+    rows, source, target = np.empty(left, np.int64), np.empty(r, np.int64), np.empty(r, np.int64)
+    share, total = np.empty(r, np.float32), np.empty(left, np.float32)
+    one = np.float32(1.0)
+    first = _seat(ranked, given, rows)
+    log_size = of_image(image, given.new_log_size, (left,))
+    for i in range(left):
+        new_size[i] = size[rows[i]] if size.shape[0] else one
+        total[i] = new_size[i] * (weight[rows[i]] if weight.shape[0] else one)
+    for i in range(r):
+        source[i] = given.first_even + 2 * ranked[i]
+        target[i] = first + partner[ranked[i]]
+        own = size[source[i]] if size.shape[0] else one
+        share[i] = own * (weight[source[i]] if weight.shape[0] else one)
+        new_size[target[i]] += own
+        total[target[i]] += share[i]
+    for i in range(r):
+        share[i] /= total[target[i]]
+    for i in range(left):
+        log_size[i] = np.log(new_size[i])
+    x, merged = (
+        of_image(image, given.x, (count, channels)),
+        of_image(image, given.new_x, (left, channels)),
+    )
+    _join(x, rows, source, target, share, given.norm, merged)
+    if given.normed:
+        _normalise(merged, given, of_image(image, given.normed, (left, channels)))
+    place, new_place = (
+        of_image(image, given.place, (count, 2)),
+        of_image(image, given.new_place, (left, 2)),
+    )
+    if place.shape[0] and given.centroid:
+        _join(place, rows, source, target, share, 0, new_place)
+    elif place.shape[0]:
+        for i in range(left):
+            for c in range(2):
+                new_place[i, c] = place[rows[i], c]

@@ -1,0 +1,190 @@
+"""Numbers side by side in the widest registers, as LLVM is told to keep them there.
+
+It finds wide registers for a loop by itself, but not that sums of many rows at once may stay in
+them, and to write and read them again is what takes most of the time of a small product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+
+from dsm_tune.merging.loops.machine import machine_code
+
+__all__ = ["LANES", "ROWS", "exponentials", "products"]
+
+
+def _registers() -> tuple[int, int]:
+    """How many float32 numbers a register of this processor has, and rows of sums to keep in them.
+
+    A row of sums takes two registers. No numbers, where it was not measured that this pays.
+    """
+    has = binding.get_host_cpu_features()
+    if has.get("avx512f"):
+        return 16, 8  # 32 registers
+    return (8, 6) if has.get("avx2") and has.get("fma") else (0, 0)  # 16 registers
+
+
+REGISTER, ROWS = _registers()
+LANES = 2 * REGISTER
+WHOLE, NUMBER = ir.IntType(64), ir.FloatType()
+SIDE_BY_SIDE = ir.VectorType(NUMBER, REGISTER or 1)
+BITS = ir.VectorType(ir.IntType(32), REGISTER or 1)
+FUSED = ("contract",)  # a product may be added without being rounded
+
+# e^x is 2^n · e^(x - n·log 2). To add n to this number, of 24 bits, leaves n + 127 in its last
+# ones, where a float32 has its exponent: so n is rounded to a whole number and made one at once.
+TO_EXPONENT, EXPONENT_AT = 1.5 * 2.0**23 + 127, 23
+LOG_2, LEAST_POWER = 0.6931471805599453, -87.0  # e^-87 is almost the least normal number
+TAYLOR = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)  # on ±log 2 / 2, to the last bit
+
+
+class _Writer:
+    """Writes what is to be done with LANES numbers: a pair of registers; addresses are int64."""
+
+    def __init__(self, to: Any) -> None:
+        self.to = to
+
+    def read(self, address: Any) -> list[Any]:
+        return [self._from(place, SIDE_BY_SIDE) for place in self._both(address)]
+
+    def write(self, pair: Sequence[Any], address: Any) -> None:
+        for one, place in zip(pair, self._both(address), strict=True):
+            self.to.store(one, self.to.inttoptr(place, one.type.as_pointer()), align=4)
+
+    def read_everywhere(self, address: Any) -> Any:
+        """One number, in each lane of a register."""
+        nothing = ir.Constant(SIDE_BY_SIDE, ir.Undefined)
+        first = ir.IntType(32)(0)
+        one = self.to.insert_element(nothing, self._from(address, NUMBER), first)
+        return self.to.shuffle_vector(one, nothing, ir.Constant(BITS, [0] * REGISTER))
+
+    def behind(self, address: Any, times: Any, step: Any) -> Any:
+        """The address that is so many steps on."""
+        return self.to.add(address, self.to.mul(times, step))
+
+    def repeat(
+        self, times: Any, before: Sequence[Any], do: Callable[[Any, Sequence[Any]], list[Any]]
+    ) -> list[Any]:
+        """At least once: of the number of the turn and what it was, make what it becomes."""
+        to, start = self.to, self.to.block
+        again, done = to.append_basic_block(), to.append_basic_block()
+        to.branch(again)
+        to.position_at_end(again)
+        turn, known = to.phi(WHOLE), [to.phi(one.type) for one in before]
+        after = do(turn, known)
+        following = to.add(turn, WHOLE(1))
+        begun = [WHOLE(0), *before]
+        for one, first, later in zip([turn, *known], begun, [following, *after], strict=True):
+            one.add_incoming(first, start)
+            one.add_incoming(later, again)
+        to.cbranch(to.icmp_signed("<", following, times), again, done)
+        to.position_at_end(done)
+        return after
+
+    def multiply_add(self, one: Any, other: Any, more: Any) -> Any:
+        return self.to.fadd(self.to.fmul(one, other, flags=FUSED), more, flags=FUSED)
+
+    def larger(self, one: Any, other: Any) -> Any:
+        """Of each lane; the first, if it is no number."""
+        return self.to.select(self.to.fcmp_ordered("<", one, other), other, one)
+
+    def exponential(self, x: Any) -> Any:
+        to, x = self.to, self.larger(x, _all(LEAST_POWER))
+        marked = self.multiply_add(x, _all(1 / LOG_2), _all(TO_EXPONENT))
+        rest = self.multiply_add(to.fsub(marked, _all(TO_EXPONENT)), _all(-LOG_2), x)
+        power = _all(TAYLOR[0])
+        for factor in TAYLOR[1:]:
+            power = self.multiply_add(power, rest, _all(factor))
+        exponent = to.shl(to.bitcast(marked, BITS), ir.Constant(BITS, [EXPONENT_AT] * REGISTER))
+        return to.fmul(power, to.bitcast(exponent, SIDE_BY_SIDE))
+
+    def _from(self, address: Any, kind: Any) -> Any:
+        return self.to.load(self.to.inttoptr(address, kind.as_pointer()), align=4)
+
+    def _both(self, address: Any) -> tuple[Any, Any]:
+        return address, self.to.add(address, WHOLE(4 * REGISTER))
+
+
+def _all(number: float) -> Any:
+    return ir.Constant(SIDE_BY_SIDE, [number] * REGISTER)
+
+
+def _taking(several: int) -> Any:
+    return types.void(*[types.int64] * several)
+
+
+@machine_code
+def products(typing: Any, many: Any, row: Any, step: Any, of: Any, depth: Any, into: Any) -> Any:
+    """Fill in [ROWS, LANES], side by side: products of rows, [ROWS, depth], with [depth, LANES].
+
+    Args:
+        typing: numba's.
+        many: address of the first of the rows' numbers.
+        row: bytes from one row to the next.
+        step: bytes from one number of a row to the next.
+        of: address of what they are multiplied with, side by side.
+        depth: at least 1.
+        into: address of what is filled in.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        do, (many, row, step, of, depth, into) = _Writer(builder), given
+        bytes_ = WHOLE(4 * LANES)
+
+        def add(turn: Any, sums: Sequence[Any]) -> list[Any]:
+            pair, first = do.read(do.behind(of, turn, bytes_)), do.behind(many, turn, step)
+            added = []
+            for i in range(ROWS):
+                one = do.read_everywhere(do.behind(first, WHOLE(i), row))
+                own = sums[2 * i : 2 * i + 2]
+                added += [do.multiply_add(one, x, y) for x, y in zip(pair, own, strict=True)]
+            return added
+
+        sums = do.repeat(depth, [_all(0.0)] * (2 * ROWS), add)
+        for i in range(ROWS):
+            do.write(sums[2 * i : 2 * i + 2], do.behind(into, WHOLE(i), bytes_))
+        return context.get_dummy_value()
+
+    return _taking(6), code
+
+
+@machine_code
+def exponentials(typing: Any, logits: Any, more: Any, depth: Any, into: Any) -> Any:
+    """Turn columns of logits into what is proportional to their softmax, and tell their sums.
+
+    Args:
+        typing: numba's.
+        logits: address of [depth, LANES], side by side.
+        more: address of [depth], which is added to each column.
+        depth: at least 1.
+        into: address of the sums, [LANES].
+    """
+
+    def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        do, (logits, more, depth, into) = _Writer(builder), given
+        bytes_ = WHOLE(4 * LANES)
+
+        def raise_(turn: Any, largest: Sequence[Any]) -> list[Any]:
+            place = do.behind(logits, turn, bytes_)
+            one = do.read_everywhere(do.behind(more, turn, WHOLE(4)))
+            pair = [builder.fadd(x, one) for x in do.read(place)]
+            do.write(pair, place)
+            return [do.larger(x, y) for x, y in zip(largest, pair, strict=True)]
+
+        largest = do.repeat(depth, [_all(float("-inf"))] * 2, raise_)
+
+        def sum_(turn: Any, sums: Sequence[Any]) -> list[Any]:
+            place = do.behind(logits, turn, bytes_)
+            pair = zip(do.read(place), largest, strict=True)
+            powers = [do.exponential(builder.fsub(x, y)) for x, y in pair]
+            do.write(powers, place)
+            return [builder.fadd(x, y) for x, y in zip(sums, powers, strict=True)]
+
+        do.write(do.repeat(depth, [_all(0.0)] * 2, sum_), into)
+        return context.get_dummy_value()
+
+    return _taking(4), code

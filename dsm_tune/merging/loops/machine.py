@@ -1,0 +1,141 @@
+"""How a loop becomes machine code, and how it reaches the memory of tensors.
+
+Threads call a loop with one record of numbers, of 8 bytes each; see :mod:`~.team`. In loops, rows
+are taken as slices, and an array of no elements stands for ``None``.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
+from numba.extending import intrinsic
+
+__all__ = [
+    "NUMBERS",
+    "WIDE",
+    "exact",
+    "floats",
+    "integers",
+    "length",
+    "loop",
+    "machine_code",
+    "of_image",
+    "part",
+    "product",
+    "rows_of",
+    "share_of",
+]
+
+WIDE = {"contract", "reassoc", "nsz"}  # what lets sums use wide registers
+part = njit(nogil=True, fastmath=WIDE)  # of a loop; compiled with it
+exact = njit(
+    nogil=True, fastmath=False
+)  # likewise; where nothing is said, it would be the caller's
+machine_code: Callable[[Callable[..., Any]], Any] = intrinsic  # likewise; says how to make it
+NUMBERS: Any = types.CPointer  # of a kind
+
+# numba sees by the file of a loop alone whether kept code is stale: its name tells the others.
+STAMP = zlib.crc32(b"".join(one.read_bytes() for one in sorted(Path(__file__).parent.glob("*.py"))))
+
+
+def loop(given: Sequence[str], factors: Sequence[str]) -> Callable[[Callable[[Any], None]], Any]:
+    """Compile what threads call; keep the code, if there is a place to.
+
+    Args:
+        given: what the loop finds in its record, in order, behind ``team_size`` and
+            ``thread_number``: addresses of what tells them, or 0 and 0 for one thread.
+        factors: those of them that are float64; the others are int64.
+    """
+    names = ("team_size", "thread_number", *given)
+    record = types.Record.make_c_struct(
+        [(name, types.float64 if name in factors else types.int64) for name in names]
+    )
+    signature = types.void(NUMBERS(record))
+
+    def compiled(function: Callable[[Any], None]) -> Any:
+        function.__qualname__ = f"{function.__name__}_{STAMP:08x}"
+        compile_ = functools.partial(cfunc, signature, fastmath=WIDE)
+        try:
+            return compile_(cache=True)(function)
+        except (OSError, RuntimeError):  # a full disk; numba's, where no folder can be written
+            return compile_()(function)
+
+    return compiled
+
+
+@machine_code
+def _call(typing: Any, address: Any) -> Any:
+    """The int that the function at an address returns; it is given nothing."""
+
+    def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        return builder.call(builder.inttoptr(given[0], kind.as_pointer()), [])
+
+    return types.int32(types.int64), code
+
+
+@part
+def share_of(given: Any, several: Any) -> Any:
+    """The first one of several that are next to each other, and the one behind the last.
+
+    Like torch's own operators, a thread takes what it wrote before, and finds it in its caches.
+    """
+    first, last = 0, several
+    if given.team_size:
+        share = -(several // -np.int64(_call(given.team_size)))
+        first = np.int64(_call(given.thread_number)) * share
+        last = min(first + share, several)
+    return first, last
+
+
+def _at(kind: Any) -> Any:
+    """Of an address, a pointer to numbers of a kind."""
+
+    @machine_code
+    def pointer(typing: Any, address: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            return builder.inttoptr(given[0], context.get_value_type(signature.return_type))
+
+        return NUMBERS(kind)(types.int64), code
+
+    return pointer
+
+
+floats, integers = _at(types.float32), _at(types.int64)
+
+
+@part
+def of_image(image: Any, address: Any, shape: Any) -> Any:
+    """The float32 numbers of an image, of as many for each at an address; none at 0."""
+    several = 4 * image
+    for size in shape:
+        several *= size
+    return carray(floats(address + several), shape if address else (0, *shape[1:]))
+
+
+@part
+def rows_of(address: Any, several: Any, to_next: Any, width: Any) -> Any:
+    """The memory of several rows, each so many numbers behind the one before, at an address."""
+    return carray(floats(address), ((several - 1) * to_next + width,))
+
+
+@part
+def product(one: Any, other: Any) -> Any:
+    """Of two rows [c]."""
+    total = np.float32(0.0)
+    for c in range(one.shape[0]):
+        total += one[c] * other[c]
+    return total
+
+
+@part
+def length(row: Any) -> Any:
+    """Of a row [c]."""
+    return np.sqrt(product(row, row))

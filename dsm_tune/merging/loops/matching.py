@@ -1,0 +1,247 @@
+"""Which tokens of an image join which, in a compiled loop.
+
+It does exactly what the tensor functions do that it names, which are its oracle in the tests; sums
+may differ by rounding. Letters in shapes are those of :mod:`~dsm_tune.merging.matching`; what is
+``given`` is told by :data:`.step.GIVEN`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import carray, njit  # type: ignore[attr-defined]
+
+from dsm_tune.merging.loops.machine import WIDE, exact, floats, length, of_image, part, product
+from dsm_tune.merging.matching import PLACE_TOLERANCE
+
+__all__ = ["attention", "match"]
+
+FOUR, REGISTER = 4, 16  # even tokens multiplied at once; float32 numbers in the widest register
+TOLERANCE = np.float32(PLACE_TOLERANCE)
+
+
+@part
+def _heads_of(
+    image: Any, address: Any, heads: Any, tokens: Any, width: Any,
+    to_image: Any, to_head: Any, to_token: Any,
+) -> Any:  # fmt: skip
+    """The memory in which the rows of d of an image are, of [B, H, N, d] at an address."""
+    last = (heads - 1) * to_head + (tokens - 1) * to_token + width
+    return carray(floats(address + 4 * image * to_image), (last,))
+
+
+@part
+def _unit_mean(memory: Any, at: Any, to_head: Any, heads: Any, unit: Any) -> None:
+    """As ``matching.unit`` of the mean over heads, of one token: fill in [d]."""
+    width = unit.shape[0]
+    first = memory[at : at + width]
+    for c in range(width):
+        unit[c] = first[c]
+    for h in range(1, heads):
+        row = memory[at + h * to_head : at + h * to_head + width]
+        for c in range(width):
+            unit[c] += row[c]
+    scale = np.float32(1.0) / max(length(unit), np.float32(1e-6) * np.float32(heads))
+    for c in range(width):
+        unit[c] *= scale
+
+
+@part
+def _odd_columns(feature: Any, given: Any) -> Any:
+    """Unit means of the odd tokens as columns, [d, b], with zeros behind them for whole steps."""
+    width, odds = given.width, given.odds
+    deep, wide = -(width // -FOUR) * FOUR, -(odds // -REGISTER) * REGISTER
+    columns, one = np.zeros((deep, wide), np.float32), np.empty(width, np.float32)
+    for b in range(odds):
+        at = (given.first_odd + 2 * b) * given.to_token
+        _unit_mean(feature, at, given.to_head, given.heads, one)
+        for d in range(width):
+            columns[d, b] = one[d]
+    return columns
+
+
+@part
+def _products(rows: Any, columns: Any, found: Any) -> None:
+    """Fill in the products [4, b] of four rows [4, d] with the columns of [d, b]; d by fours.
+
+    Sixteen multiply-adds for four numbers that are read: one by one, reading is what takes long.
+    """
+    found[:] = 0.0
+    w, x, y, z = found[0], found[1], found[2], found[3]
+    for d in range(0, columns.shape[0], 4):
+        first, second, third, fourth = columns[d], columns[d + 1], columns[d + 2], columns[d + 3]
+        # Read here, since for all that the compiler knows the loop writes to them.
+        w0, w1, w2, w3 = rows[0, d], rows[0, d + 1], rows[0, d + 2], rows[0, d + 3]
+        x0, x1, x2, x3 = rows[1, d], rows[1, d + 1], rows[1, d + 2], rows[1, d + 3]
+        y0, y1, y2, y3 = rows[2, d], rows[2, d + 1], rows[2, d + 2], rows[2, d + 3]
+        z0, z1, z2, z3 = rows[3, d], rows[3, d + 1], rows[3, d + 2], rows[3, d + 3]
+        for b in range(columns.shape[1]):
+            i, j, k, m = first[b], second[b], third[b], fourth[b]
+            w[b] += w0 * i + w1 * j + w2 * k + w3 * m
+            x[b] += x0 * i + x1 * j + x2 * k + x3 * m
+            y[b] += y0 * i + y1 * j + y2 * k + y3 * m
+            z[b] += z0 * i + z1 * j + z2 * k + z3 * m
+
+
+@njit(nogil=True, fastmath={*WIDE, "nnan"})
+def _largest(row: Any) -> Any:
+    """The largest of [b], and the first place where it stands."""
+    best, odds = row[0], row.shape[0]
+    for b in range(1, odds):
+        best = max(best, row[b])
+    at = odds
+    for b in range(odds):
+        at = min(at, b if row[b] == best else odds)
+    return best, min(at, odds - 1)  # of numbers that are none, too
+
+
+@exact
+def _rounded(one: Any, other: Any) -> Any:
+    """A product, rounded before it is added to anything: numbers tie as in the tensor functions."""
+    return one * other
+
+
+@part
+def _largest_inside(row: Any, tile: Any, tiles: Any) -> Any:
+    """The largest of [b] within a tile, and the first place where it stands, or -1."""
+    best, at = np.float32(0.0), -1
+    for b in range(row.shape[0]):
+        if tiles[b] == tile and (at < 0 or row[b] > best):
+            best, at = row[b], b
+    return best, at
+
+
+@part
+def _in_rounds(ranked: Any, tiles: Any, crosses: Any, equal_quota: Any) -> Any:
+    """Edges [a] in rounds of one per tile, or as they are; crossing ones last."""
+    evens = ranked.shape[0]
+    turn, turned, at = np.zeros(evens, np.int64), np.empty(evens, np.int64), 0
+    for i in range(evens):
+        a = ranked[i]
+        if crosses[a]:
+            turn[i] = evens
+        elif equal_quota:
+            for j in range(i):
+                other = ranked[j]
+                turn[i] += tiles[other] == tiles[a] and not crosses[other]
+    this = 0
+    while at < evens:
+        for i in range(evens):
+            if turn[i] == this:
+                turned[at] = ranked[i]
+                at += 1
+        this += 1
+    return turned
+
+
+@part
+def attention(image: Any, given: Any) -> Any:
+    """As ``scores.attention_to`` of an image, [N]; none if none is asked for."""
+    count, width, received = given.tokens, given.key_width, np.empty(0, np.float32)
+    if given.received:
+        received = of_image(image, given.received, (count,))
+    if not given.query:
+        return received
+    received, logits = np.zeros(count, np.float32), np.empty(count, np.float32)
+    log_size, scale = of_image(image, given.log_size, (count,)), np.float32(given.scale)
+    heads, to_head, to_token = given.key_heads, given.key_to_head, given.key_to_token
+    sides = heads, count, width, given.key_to_image, to_head, to_token
+    queries = _heads_of(image, given.query, *sides)
+    keys = _heads_of(image, given.key, *sides)
+    for h in range(heads):
+        start = h * to_head
+        query = queries[start : start + width]  # of the class token, which is the first
+        for n in range(count):
+            at = start + n * to_token
+            logits[n] = product(query, keys[at : at + width]) * scale
+            logits[n] += log_size[n] if log_size.shape[0] else np.float32(0.0)
+        largest, total = logits[0], np.float32(0.0)
+        for n in range(count):
+            largest = max(largest, logits[n])
+        for n in range(count):
+            logits[n] = np.exp(logits[n] - largest)
+            total += logits[n]
+        total *= np.float32(heads)
+        for n in range(count):
+            received[n] += logits[n] / total
+    return received
+
+
+@part
+def _penalties(size: Any, beta: Any) -> Any:
+    """As ``scores.size_penalty``, negated, for each pair of sizes that there are.
+
+    Returns:
+        Which of them each token has, [N], and the table, [m, m].
+    """
+    kind, known = np.empty(size.shape[0], np.int64), np.empty(size.shape[0], np.float32)
+    several = 0
+    for n in range(size.shape[0]):
+        inverse, at = np.float32(1.0) / size[n], 0
+        while at < several and known[at] != inverse:
+            at += 1
+        known[at], kind[n] = inverse, at
+        several = max(several, at + 1)
+    table = np.empty((several, several), np.float32)
+    for i in range(several):
+        for j in range(several):
+            table[i, j] = beta * np.log(known[i] + known[j])
+    return kind, table
+
+
+@part
+def _tiles(place: Any, window: Any, first: Any, several: Any) -> Any:
+    """As ``matching.tile``, of every second token from one on; none without places."""
+    tiles = np.empty(several if place.shape[0] and window else 0, np.float32)
+    side = np.float32(window)
+    for i in range(tiles.shape[0]):
+        row, column = place[first + 2 * i, 0], place[first + 2 * i, 1]
+        row, column = np.floor((row + TOLERANCE) / side), np.floor((column + TOLERANCE) / side)
+        tiles[i] = row * np.float32(4096.0) + column
+    return tiles
+
+
+@part
+def match(image: Any, given: Any, received: Any, partner: Any) -> Any:
+    """Rank the even tokens of an image, [a], by their best edges; fill in their partners, [a]."""
+    count, evens, odds, width = given.tokens, given.evens, given.odds, given.width
+    heads, to_head, to_token = given.heads, given.to_head, given.to_token
+    feature = _heads_of(
+        image, given.feature, heads, count, width, given.to_image, to_head, to_token
+    )
+    place, beta = of_image(image, given.place, (count, 2)), np.float32(given.size_penalty)
+    even_tiles = _tiles(place, given.window, given.first_even, evens)
+    odd_tiles = _tiles(place, given.window, given.first_odd, odds)
+    size = of_image(image, given.size, (count,))
+    kind, penalties = _penalties(size if beta else size[:0], beta)
+    columns = _odd_columns(feature, given)
+    rows = np.zeros((FOUR, columns.shape[0]), np.float32)
+    found = np.empty((FOUR, columns.shape[1]), np.float32)
+    worst = np.empty(evens, np.float32)  # the score, negated: a stable sort is ascending
+    crosses, times = np.zeros(evens, np.bool_), np.float32(given.salience * count)
+    for a in range(evens):
+        if a % FOUR == 0:
+            for i in range(min(FOUR, evens - a)):
+                at = (given.first_even + 2 * (a + i)) * to_token
+                _unit_mean(feature, at, to_head, heads, rows[i, :width])
+            _products(rows, columns, found)
+        scores, token = found[a % FOUR, :odds], given.first_even + 2 * a
+        if kind.shape[0]:
+            penalty = penalties[kind[token]]
+            for b in range(odds):
+                scores[b] += penalty[kind[given.first_odd + 2 * b]]
+        best, at = np.float32(0.0), -1
+        if even_tiles.shape[0]:
+            best, at = _largest_inside(scores, even_tiles[a], odd_tiles)
+            crosses[a] = at < 0
+        if at < 0:
+            best, at = _largest(scores)
+        partner[a] = at
+        worst[a] = -best
+        if received.shape[0] and times:
+            worst[a] += _rounded(times, received[token])
+    ranked = np.argsort(worst, kind="mergesort")
+    if not even_tiles.shape[0]:
+        return ranked
+    return _in_rounds(ranked, even_tiles, crosses, given.equal_quota)

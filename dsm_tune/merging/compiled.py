@@ -93,12 +93,14 @@ def _by_loop(merge: Merge) -> Tokens:
             query, key = query.contiguous(), key.contiguous()
     elif options.needs_attention:
         received = scores.attention_to(options.attention, parts, log_size)
-    x = tokens.x.new_empty(batch, left, channels)
     size, new_log_size = tokens.x.new_empty(2, batch, left).unbind()
     place = order = destination = normed = weight = bias = None
     epsilon = 0.0
-    if mlp_norm is not None:
-        normed, (weight, bias, epsilon) = torch.empty_like(x), mlp_norm
+    if mlp_norm is None:
+        x = tokens.x.new_empty(batch, left, channels)
+    else:
+        x, normed = tokens.x.new_empty(2, batch, left, channels).unbind()
+        weight, bias, epsilon = mlp_norm
     if tokens.place is not None:
         place = tokens.x.new_empty(batch, left, 2)
     if tokens.origin is not None:

@@ -115,7 +115,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
     """
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
     loop = loops.compiled("attention") if suits(q) and queries >= LEAST_QUERIES else None
-    if loop is None or loop.attend is None or min(keys, width) < loop.LEAST:
+    if loop is None or not loop.PAYS or min(keys, width) < loop.LEAST:
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
         return found.transpose(1, 2).flatten(2)
     rows = [one if one.stride(3) == 1 else one.contiguous() for one in (q, k, v)]

@@ -27,12 +27,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsm_tune.measuring.memory import keep_freed_memory
-from dsm_tune.merging import on_cpu, team
+from dsm_tune.merging import on_cpu
+from dsm_tune.merging.loops import team
 
 KINDS = {
     "products": ("mkldnn", "addmm", "bmm", "mm", "baddbmm", "convolution", "linear"),
-    "loop": ("loop",),
-    "attention": ("scaled_dot", "flash", "efficient"),
+    "steps": ("step",),
+    "attention": ("attend", "scaled_dot", "flash", "efficient"),
     "norm, gelu": ("native_layer_norm", "gelu"),
     "choosing": ("sort", "max", "topk", "gather", "scatter", "linalg_vector_norm", "clamp"),
     "moving": ("index", "copy", "cat", "clone", "select", "contiguous"),
@@ -89,10 +90,15 @@ def rates() -> tuple[float, float, float]:
 
 
 @contextmanager
-def seen_loop() -> Iterator[None]:
-    """Lets the profiler see the compiled loop."""
+def seen_loops() -> Iterator[None]:
+    """Lets the profiler see compiled loops."""
     plain = team.run
-    team.run = record_function("loop")(plain)
+
+    def seen(loop: Any, *numbers: int, shares: int) -> None:
+        with record_function(loop.__name__):
+            plain(loop, *numbers, shares=shares)
+
+    team.run = seen
     try:
         yield
     finally:
@@ -101,7 +107,7 @@ def seen_loop() -> Iterator[None]:
 
 def shares(call: Callable[[], object]) -> tuple[float, Counter[str]]:
     """Calls of a forward, and the part of its time that each kind takes by itself."""
-    with seen_loop(), profile(activities=[ProfilerActivity.CPU]) as seen:
+    with seen_loops(), profile(activities=[ProfilerActivity.CPU]) as seen:
         for _ in range(ROUNDS):
             call()
     took: Counter[str] = Counter()

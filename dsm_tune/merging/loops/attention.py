@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numba import carray  # type: ignore[attr-defined]
 
-from dsm_tune.merging.loops.lanes import LANES, ROWS, exponentials, products
-from dsm_tune.merging.loops.machine import exact, loop, part, rows_of, share_of
+from dsm_tune.merging.loops.lanes import LANES, REGISTER, ROWS, exponentials, products
+from dsm_tune.merging.loops.machine import address_of, exact, loop, part, rows_of, share_of
 
-__all__ = ["GIVEN", "LEAST", "attend"]
+__all__ = ["GIVEN", "LEAST", "PAYS", "attend"]
 
 LEAST = ROWS  # keys that there must be, and numbers of a head
+PAYS = REGISTER > 4  # where it was measured to be quicker than torch's own
 
 # What the loop is given, in order: the scale in float64, all else in int64.
 GIVEN = (
@@ -51,11 +52,6 @@ def _as_rows(columns: Any, sums: Any, given: Any, several: Any, result: Any) -> 
             row[d] = columns[d, i] * share
 
 
-@part
-def _address(array: Any) -> Any:
-    return array.ctypes.data
-
-
 @exact
 def _head(given: Any, image: Any, head: Any, first: Any, last: Any, room: Any) -> None:
     """What becomes of some queries of a head."""
@@ -64,7 +60,7 @@ def _head(given: Any, image: Any, head: Any, first: Any, last: Any, room: Any) -
     query = given.query + image * given.query_to_image + head * given.query_to_head
     key = given.key + image * given.key_to_image + head * given.key_to_head
     value = given.value + image * given.value_to_image + head * given.value_to_head
-    bias = given.bias + 4 * image * keys if given.bias else _address(none)
+    bias = given.bias + 4 * image * keys if given.bias else address_of(none)
     to_token = 4 * given.heads * width
     result = given.result + image * given.queries * to_token + 4 * head * width
     for token in range(first, last, LANES):
@@ -74,19 +70,22 @@ def _head(given: Any, image: Any, head: Any, first: Any, last: Any, room: Any) -
             row = min(start, keys - ROWS)  # the last ones may be done once more
             products(
                 key + row * given.key_to_token, given.key_to_token, 4,
-                _address(columns), width, _address(logits) + row * side_by_side,
+                address_of(columns), side_by_side, width,
+                address_of(logits) + row * side_by_side, side_by_side,
             )  # fmt: skip
-        exponentials(_address(logits), bias, keys, _address(sums))
+        exponentials(address_of(logits), bias, keys, address_of(sums))
         for start in range(0, width, ROWS):
             d = min(start, width - ROWS)
             products(
                 value + 4 * d, 4, given.value_to_token,
-                _address(logits), keys, _address(mixed) + d * side_by_side,
+                address_of(logits), side_by_side, keys,
+                address_of(mixed) + d * side_by_side, side_by_side,
             )  # fmt: skip
         _as_rows(mixed, sums, given, several, result + token * to_token)
 
 
-def _attend(given: Any) -> None:
+@loop(GIVEN, ("scale",))
+def attend(given: Any) -> None:
     """``softmax(q · kᵀ · scale + bias) · v``, for each image and head: [B, n, H · d].
 
     Queries [B, H, n, d] and keys and values [B, H, N, d] are float32, of any strides but that the
@@ -109,7 +108,3 @@ def _attend(given: Any) -> None:
         end = min(one.queries, start + last - first)
         _head(one, which // one.heads, which % one.heads, start, end, room)
         first += end - start
-
-
-# Where registers are of an unknown kind, torch's own operator attends.
-attend: Any = loop(GIVEN, ("scale",))(_attend) if LANES else None

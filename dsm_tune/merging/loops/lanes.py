@@ -14,25 +14,25 @@ from numba import types
 
 from dsm_tune.merging.loops.machine import machine_code
 
-__all__ = ["LANES", "ROWS", "exponentials", "products"]
+__all__ = ["LANES", "REGISTER", "ROWS", "exponentials", "products"]
 
 
 def _registers() -> tuple[int, int]:
     """How many float32 numbers a register of this processor has, and rows of sums to keep in them.
 
-    A row of sums takes two registers. No numbers, where it was not measured that this pays.
+    A row of sums takes two registers.
     """
     has = binding.get_host_cpu_features()
     if has.get("avx512f"):
         return 16, 8  # 32 registers
-    return (8, 6) if has.get("avx2") and has.get("fma") else (0, 0)  # 16 registers
+    return (8, 6) if has.get("avx2") and has.get("fma") else (4, 6)  # at least 16
 
 
 REGISTER, ROWS = _registers()
 LANES = 2 * REGISTER
 WHOLE, NUMBER = ir.IntType(64), ir.FloatType()
-SIDE_BY_SIDE = ir.VectorType(NUMBER, REGISTER or 1)
-BITS = ir.VectorType(ir.IntType(32), REGISTER or 1)
+SIDE_BY_SIDE = ir.VectorType(NUMBER, REGISTER)
+BITS = ir.VectorType(ir.IntType(32), REGISTER)
 FUSED = ("contract",)  # a product may be added without being rounded
 
 # e^x is 2^n · e^(x - n·log 2). To add n to this number, of 24 bits, leaves n + 127 in its last
@@ -118,38 +118,42 @@ def _taking(several: int) -> Any:
 
 
 @machine_code
-def products(typing: Any, many: Any, row: Any, step: Any, of: Any, depth: Any, into: Any) -> Any:
-    """Fill in [ROWS, LANES], side by side: products of rows, [ROWS, depth], with [depth, LANES].
+def products(
+    typing: Any, one: Any, row: Any, step: Any, other: Any, level: Any, depth: Any,
+    into: Any, line: Any,
+) -> Any:  # fmt: skip
+    """Fill in products of rows, [ROWS, depth], with [depth, LANES]: [ROWS, LANES].
 
     Args:
         typing: numba's.
-        many: address of the first of the rows' numbers.
+        one: address of the first of the rows' numbers.
         row: bytes from one row to the next.
         step: bytes from one number of a row to the next.
-        of: address of what they are multiplied with, side by side.
+        other: address of what they are multiplied with, LANES of them side by side.
+        level: bytes from those to the next.
         depth: at least 1.
-        into: address of what is filled in.
+        into: address of what is filled in, side by side as well.
+        line: bytes from one row of it to the next.
     """
 
     def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        do, (many, row, step, of, depth, into) = _Writer(builder), given
-        bytes_ = WHOLE(4 * LANES)
+        do, (one, row, step, other, level, depth, into, line) = _Writer(builder), given
 
         def add(turn: Any, sums: Sequence[Any]) -> list[Any]:
-            pair, first = do.read(do.behind(of, turn, bytes_)), do.behind(many, turn, step)
+            pair, first = do.read(do.behind(other, turn, level)), do.behind(one, turn, step)
             added = []
             for i in range(ROWS):
-                one = do.read_everywhere(do.behind(first, WHOLE(i), row))
+                number = do.read_everywhere(do.behind(first, WHOLE(i), row))
                 own = sums[2 * i : 2 * i + 2]
-                added += [do.multiply_add(one, x, y) for x, y in zip(pair, own, strict=True)]
+                added += [do.multiply_add(number, x, y) for x, y in zip(pair, own, strict=True)]
             return added
 
         sums = do.repeat(depth, [_all(0.0)] * (2 * ROWS), add)
         for i in range(ROWS):
-            do.write(sums[2 * i : 2 * i + 2], do.behind(into, WHOLE(i), bytes_))
+            do.write(sums[2 * i : 2 * i + 2], do.behind(into, WHOLE(i), line))
         return context.get_dummy_value()
 
-    return _taking(6), code
+    return _taking(8), code
 
 
 @machine_code

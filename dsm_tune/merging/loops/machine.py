@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 __all__ = [
     "NUMBERS",
     "WIDE",
+    "address_of",
     "exact",
     "floats",
     "integers",
@@ -139,3 +140,9 @@ def product(one: Any, other: Any) -> Any:
 def length(row: Any) -> Any:
     """Of a row [c]."""
     return np.sqrt(product(row, row))
+
+
+@part
+def address_of(array: Any) -> Any:
+    """Of the first number."""
+    return array.ctypes.data

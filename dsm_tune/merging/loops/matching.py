@@ -12,12 +12,21 @@ from typing import Any
 import numpy as np
 from numba import carray, njit  # type: ignore[attr-defined]
 
-from dsm_tune.merging.loops.machine import WIDE, exact, floats, length, of_image, part, product
+from dsm_tune.merging.loops.lanes import LANES, ROWS, products
+from dsm_tune.merging.loops.machine import (
+    WIDE,
+    address_of,
+    exact,
+    floats,
+    length,
+    of_image,
+    part,
+    product,
+)
 from dsm_tune.merging.matching import PLACE_TOLERANCE
 
 __all__ = ["attention", "match"]
 
-FOUR, REGISTER = 4, 16  # even tokens multiplied at once; float32 numbers in the widest register
 TOLERANCE = np.float32(PLACE_TOLERANCE)
 
 
@@ -49,10 +58,10 @@ def _unit_mean(memory: Any, at: Any, to_head: Any, heads: Any, unit: Any) -> Non
 
 @part
 def _odd_columns(feature: Any, given: Any) -> Any:
-    """Unit means of the odd tokens as columns, [d, b], with zeros behind them for whole steps."""
+    """Unit means of the odd tokens as columns, [d, b], with zeros behind them for whole LANES."""
     width, odds = given.width, given.odds
-    deep, wide = -(width // -FOUR) * FOUR, -(odds // -REGISTER) * REGISTER
-    columns, one = np.zeros((deep, wide), np.float32), np.empty(width, np.float32)
+    columns = np.zeros((width, -(odds // -LANES) * LANES), np.float32)
+    one = np.empty(width, np.float32)
     for b in range(odds):
         at = (given.first_odd + 2 * b) * given.to_token
         _unit_mean(feature, at, given.to_head, given.heads, one)
@@ -61,27 +70,15 @@ def _odd_columns(feature: Any, given: Any) -> Any:
     return columns
 
 
-@part
+@exact
 def _products(rows: Any, columns: Any, found: Any) -> None:
-    """Fill in the products [4, b] of four rows [4, d] with the columns of [d, b]; d by fours.
-
-    Sixteen multiply-adds for four numbers that are read: one by one, reading is what takes long.
-    """
-    found[:] = 0.0
-    w, x, y, z = found[0], found[1], found[2], found[3]
-    for d in range(0, columns.shape[0], 4):
-        first, second, third, fourth = columns[d], columns[d + 1], columns[d + 2], columns[d + 3]
-        # Read here, since for all that the compiler knows the loop writes to them.
-        w0, w1, w2, w3 = rows[0, d], rows[0, d + 1], rows[0, d + 2], rows[0, d + 3]
-        x0, x1, x2, x3 = rows[1, d], rows[1, d + 1], rows[1, d + 2], rows[1, d + 3]
-        y0, y1, y2, y3 = rows[2, d], rows[2, d + 1], rows[2, d + 2], rows[2, d + 3]
-        z0, z1, z2, z3 = rows[3, d], rows[3, d + 1], rows[3, d + 2], rows[3, d + 3]
-        for b in range(columns.shape[1]):
-            i, j, k, m = first[b], second[b], third[b], fourth[b]
-            w[b] += w0 * i + w1 * j + w2 * k + w3 * m
-            x[b] += x0 * i + x1 * j + x2 * k + x3 * m
-            y[b] += y0 * i + y1 * j + y2 * k + y3 * m
-            z[b] += z0 * i + z1 * j + z2 * k + z3 * m
+    """Fill in the products [ROWS, b] of rows [ROWS, d] with columns [d, b]; b in whole LANES."""
+    deep, wide = columns.shape
+    for b in range(0, wide, LANES):
+        products(
+            address_of(rows), 4 * deep, 4, address_of(columns) + 4 * b, 4 * wide, deep,
+            address_of(found) + 4 * b, 4 * wide,
+        )  # fmt: skip
 
 
 @njit(nogil=True, fastmath={*WIDE, "nnan"})
@@ -216,17 +213,17 @@ def match(image: Any, given: Any, received: Any, partner: Any) -> Any:
     size = of_image(image, given.size, (count,))
     kind, penalties = _penalties(size if beta else size[:0], beta)
     columns = _odd_columns(feature, given)
-    rows = np.zeros((FOUR, columns.shape[0]), np.float32)
-    found = np.empty((FOUR, columns.shape[1]), np.float32)
+    rows = np.zeros((ROWS, columns.shape[0]), np.float32)
+    found = np.empty((ROWS, columns.shape[1]), np.float32)
     worst = np.empty(evens, np.float32)  # the score, negated: a stable sort is ascending
     crosses, times = np.zeros(evens, np.bool_), np.float32(given.salience * count)
     for a in range(evens):
-        if a % FOUR == 0:
-            for i in range(min(FOUR, evens - a)):
+        if a % ROWS == 0:
+            for i in range(min(ROWS, evens - a)):
                 at = (given.first_even + 2 * (a + i)) * to_token
-                _unit_mean(feature, at, to_head, heads, rows[i, :width])
+                _unit_mean(feature, at, to_head, heads, rows[i])
             _products(rows, columns, found)
-        scores, token = found[a % FOUR, :odds], given.first_even + 2 * a
+        scores, token = found[a % ROWS, :odds], given.first_even + 2 * a
         if kind.shape[0]:
             penalty = penalties[kind[token]]
             for b in range(odds):

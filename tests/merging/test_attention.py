@@ -1,0 +1,217 @@
+"""Attention as a compiled loop: what torch's own gives, which serves wherever the loop does not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import Tensor
+
+import dsm_tune
+from dsm_tune.merging import loops, on_cpu
+from dsm_tune.merging.loops import team
+
+pytest.importorskip("numba", reason="without numba, torch's operator attends")
+from dsm_tune.merging.loops.attention import LEAST, PAYS
+
+seeds = st.integers(0, 9999)
+needs_lanes = pytest.mark.skipif(not PAYS, reason="the loop is for AVX2 and AVX-512")
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def projections(seed: int, batch: int, count: int, heads: int, width: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values [B, H, N, d] as a block has them: views of one tensor."""
+    return drawn(seed, batch, count, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def by_torch(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return found.transpose(1, 2).flatten(2)
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """How often a loop is run."""
+    asked, usual = [0], team.run
+
+    def counting(loop: Any, *numbers: int, shares: int) -> None:
+        asked[0] += 1
+        usual(loop, *numbers, shares=shares)
+
+    team.run = counting
+    try:
+        yield asked
+    finally:
+        team.run = usual
+
+
+@needs_lanes
+@torch.no_grad()
+@given(
+    seed=seeds, batch=st.integers(1, 3), heads=st.integers(1, 3), keys=st.integers(LEAST, 90),
+    queries=st.integers(on_cpu.LEAST_QUERIES, 90), width=st.integers(LEAST, 70),
+    layout=st.sampled_from(["one tensor", "own", "turned", "one for all heads"]),
+    is_biased=st.booleans(), spread=st.sampled_from([0.1, 1.0, 30.0]),
+)  # fmt: skip
+def test_it_is_torch_s_but_for_rounding(
+    seed: int, batch: int, heads: int, keys: int, queries: int, width: int, layout: str,
+    is_biased: bool, spread: float,
+) -> None:  # fmt: skip
+    q = drawn(seed, batch, heads, queries, width) * spread
+    k, v = projections(seed + 1, batch, keys, heads, width)[:2]
+    if layout == "own":
+        k, v = k.contiguous(), v.contiguous()
+    elif layout == "turned":
+        q, v = (one.transpose(2, 3).contiguous().transpose(2, 3) for one in (q, v))
+    elif layout == "one for all heads":
+        k = k[:, :1].expand(-1, heads, -1, -1)
+    bias = drawn(seed + 2, batch, 1, 1, keys) if is_biased else None
+    scale = width**-0.5
+    with counted() as asked:
+        found = on_cpu.attention(q, k, v, scale, bias)
+    assert asked == [1]
+    exact = by_torch(
+        q.double(), k.double(), v.double(), scale, None if bias is None else bias.double()
+    )
+    of_torch = (by_torch(q, k, v, scale, bias) - exact).abs().max()
+    assert (found - exact).abs().max() <= 1e-6 * (1 + spread) + 2 * of_torch
+
+
+@needs_lanes
+@torch.no_grad()
+def test_an_exponential_is_right_to_the_last_bits_over_all_that_a_float_holds() -> None:
+    logits = -torch.linspace(0, 87, 20_000).view(1, 1, 1, -1)
+    keys = logits.shape[3]
+    values = torch.zeros(1, 1, keys, LEAST)
+    q, k = torch.zeros(1, 1, on_cpu.LEAST_QUERIES, LEAST), torch.zeros(1, 1, keys, LEAST)
+    for at in range(0, keys, 97):
+        values.zero_()[0, 0, at] = 1.0
+        found = on_cpu.attention(q, k, values, 1.0, logits)[0, 0, 0].double()
+        expected = logits.double().softmax(dim=3)[0, 0, 0, at]
+        assert abs(found / expected - 1) < 1e-5  # a sum of 20 000 numbers is rounded too
+
+
+@needs_lanes
+@torch.no_grad()
+def test_logits_as_large_as_they_like_give_no_infinity() -> None:
+    q, k, v = (one * 1e4 for one in projections(0, 2, 40, 2, 16))
+    found = on_cpu.attention(q, k, v, 1.0)
+    torch.testing.assert_close(found, by_torch(q, k, v, 1.0))
+
+
+@needs_lanes
+@torch.no_grad()
+def test_a_number_that_is_none_is_handed_on_where_torch_hands_it_on() -> None:
+    q, k, v = (one.contiguous() for one in projections(0, 2, 40, 2, 16))
+    q[0, 0, 3, 5] = k[1, 1, 39, 0] = v[0, 1, 20, 7] = torch.nan
+    found = on_cpu.attention(q, k, v, 0.25)
+    torch.testing.assert_close(found, by_torch(q, k, v, 0.25), equal_nan=True)
+    assert 0 < found.isnan().float().mean() < 1
+
+
+@needs_lanes
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@torch.no_grad()
+def test_bits_depend_on_neither_threads_nor_other_images(threads: int) -> None:
+    q, k, v = projections(0, 5, 43, 3, 24)
+    bias = drawn(1, 5, 1, 1, 43)
+    alone = [
+        on_cpu.attention(*(one[i : i + 1] for one in (q, k, v)), 0.2, bias[i]) for i in range(5)
+    ]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(on_cpu.attention(q, k, v, 0.2, bias), torch.cat(alone))
+    finally:
+        torch.set_num_threads(before)
+    fewer = on_cpu.attention(q[:, :, :20], k, v, 0.2, bias)
+    assert torch.equal(fewer, torch.cat(alone)[:, :20])
+
+
+@needs_lanes
+def test_python_s_threads_may_attend_at_once() -> None:
+    q, k, v = projections(0, 4, 41, 3, 16)
+
+    @torch.no_grad()
+    def attend(_: int) -> Tensor:
+        return on_cpu.attention(q, k, v, 0.25)
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(attend, range(40))
+    assert all(torch.equal(one, first) for one in others)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "dtype"),
+    [
+        (on_cpu.LEAST_QUERIES - 1, 40, 16, torch.float32),
+        (40, LEAST - 1, 16, torch.float32),
+        (40, 40, LEAST - 1, torch.float32),
+        (40, 40, 16, torch.float64),
+        (40, 40, 16, torch.bfloat16),
+    ],
+)
+@torch.no_grad()
+def test_what_the_loop_is_not_for_stays_torch_s(
+    queries: int, keys: int, width: int, dtype: torch.dtype
+) -> None:
+    q = drawn(0, 2, 3, queries, width).to(dtype)
+    k, v = drawn(1, 2, 2, 3, keys, width).to(dtype).unbind()
+    with counted() as asked:
+        assert torch.equal(on_cpu.attention(q, k, v, 0.2), by_torch(q, k, v, 0.2))
+    assert asked == [0]
+
+
+def test_gradients_flow() -> None:
+    q, k, v = (one.requires_grad_() for one in drawn(0, 3, 1, 2, 20, 16).unbind())
+    on_cpu.attention(q, k, v, 0.25).sum().backward()
+    assert all(one.grad is not None for one in (q, k, v))
+
+
+@torch.no_grad()
+def test_without_numba_torch_s_operator_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = projections(0, 2, 40, 2, 16)
+    monkeypatch.delitem(sys.modules, "dsm_tune.merging.loops.attention")
+    monkeypatch.setitem(sys.modules, "numba", None)
+    loops.compiled.cache_clear()
+    try:
+        assert torch.equal(on_cpu.attention(q, k, v, 0.25), by_torch(q, k, v, 0.25))
+    finally:
+        monkeypatch.undo()
+        loops.compiled.cache_clear()
+
+
+def test_machine_code_is_made_anew_once_any_file_of_the_loops_has_changed(tmp_path: Path) -> None:
+    package = tmp_path / "dsm_tune"
+    found = Path(dsm_tune.__file__).parent
+    shutil.copytree(found, package, ignore=shutil.ignore_patterns("__pycache__", "*.nb?"))
+    room = package / "merging" / "loops"
+    code = "from dsm_tune.merging.loops.attention import attend; print(attend._cache_hits)"
+
+    def hits() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": ""},
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    assert hits() == "0"
+    assert hits() == "1"
+    with (room / "lanes.py").open("a") as file:
+        file.write("\n# changed\n")
+    assert hits() == "0"

@@ -125,7 +125,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
         loop.attend, batch, heads, queries, keys, width,
         *(number for one in rows for number in (one.data_ptr(), *_strides(one))),
         0 if bias is None else bias.data_ptr(), *bits(scale), result.data_ptr(),
-        shares=batch * heads,
+        shares=batch * heads * queries,
     )  # fmt: skip
     return result
 

@@ -8,7 +8,7 @@ relative to dense (median over rounds of dense / candidate, with quartiles), its
 relative to a dense model of the same operators, over the ratio of GMACs), and its speed relative to
 its slice floor: the same forward with matching and merging replaced by cutting the token axis to
 the same lengths.
-Eager on a CPU, a merged model's operators are quicker than the dense model's own: "dense, oneDNN"
+Eager on a CPU, a merged model's operators are quicker than the dense model's own: "dense, same ops"
 is what dense takes with them.
 """
 
@@ -43,7 +43,7 @@ from dsm_tune.runtimes.forwards import forward_of
 Forward = Callable[[Tensor], Tensor]
 Times = dict[str, list[float]]
 
-QUICK = "dense, oneDNN"
+QUICK = "dense, same ops"
 # Also where the others run in ONNX Runtime.
 STAY_EAGER = ("dense, eager", QUICK, "ToMe, eager", "ToMe, plain loop")
 REST = 0.05  # seconds for a library's threads to stop waiting for work, beside another's

@@ -27,7 +27,7 @@ from dsm_tune.merging.matching import PLACE_TOLERANCE
 
 __all__ = ["attention", "match"]
 
-TOLERANCE = np.float32(PLACE_TOLERANCE)
+TOLERANCE, LOWEST = np.float32(PLACE_TOLERANCE), np.float32(-np.inf)
 
 
 @part
@@ -99,14 +99,16 @@ def _rounded(one: Any, other: Any) -> Any:
     return one * other
 
 
-@part
+@njit(nogil=True, fastmath={*WIDE, "nnan"})
 def _largest_inside(row: Any, tile: Any, tiles: Any) -> Any:
     """The largest of [b] within a tile, and the first place where it stands, or -1."""
-    best, at = np.float32(0.0), -1
-    for b in range(row.shape[0]):
-        if tiles[b] == tile and (at < 0 or row[b] > best):
-            best, at = row[b], b
-    return best, at
+    best, odds = LOWEST, row.shape[0]
+    for b in range(odds):
+        best = max(best, row[b] if tiles[b] == tile else LOWEST)
+    at = odds
+    for b in range(odds):
+        at = min(at, b if tiles[b] == tile and row[b] == best else odds)
+    return best, at if at < odds else -1
 
 
 @part
@@ -166,11 +168,11 @@ def attention(image: Any, given: Any) -> Any:
 
 
 @part
-def _penalties(size: Any, beta: Any) -> Any:
-    """As ``scores.size_penalty``, negated, for each pair of sizes that there are.
+def _penalties(size: Any, beta: Any, first: Any, odds: Any) -> Any:
+    """As ``scores.size_penalty``, negated, of each size that there is with each odd token.
 
     Returns:
-        Which of them each token has, [N], and the table, [m, m].
+        Which of the sizes each token has, [N], and the table, [m, b].
     """
     kind, known = np.empty(size.shape[0], np.int64), np.empty(size.shape[0], np.float32)
     several = 0
@@ -180,10 +182,13 @@ def _penalties(size: Any, beta: Any) -> Any:
             at += 1
         known[at], kind[n] = inverse, at
         several = max(several, at + 1)
-    table = np.empty((several, several), np.float32)
+    pairs, table = np.empty(several, np.float32), np.empty((several, odds), np.float32)
     for i in range(several):
         for j in range(several):
-            table[i, j] = beta * np.log(known[i] + known[j])
+            pairs[j] = beta * np.log(known[i] + known[j])
+        row = table[i]
+        for b in range(odds):
+            row[b] = pairs[kind[first + 2 * b]]
     return kind, table
 
 
@@ -211,7 +216,7 @@ def match(image: Any, given: Any, received: Any, partner: Any) -> Any:
     even_tiles = _tiles(place, given.window, given.first_even, evens)
     odd_tiles = _tiles(place, given.window, given.first_odd, odds)
     size = of_image(image, given.size, (count,))
-    kind, penalties = _penalties(size if beta else size[:0], beta)
+    kind, penalties = _penalties(size if beta else size[:0], beta, given.first_odd, odds)
     columns = _odd_columns(feature, given)
     rows = np.zeros((ROWS, columns.shape[0]), np.float32)
     found = np.empty((ROWS, columns.shape[1]), np.float32)
@@ -227,7 +232,7 @@ def match(image: Any, given: Any, received: Any, partner: Any) -> Any:
         if kind.shape[0]:
             penalty = penalties[kind[token]]
             for b in range(odds):
-                scores[b] += penalty[kind[given.first_odd + 2 * b]]
+                scores[b] += penalty[b]
         best, at = np.float32(0.0), -1
         if even_tiles.shape[0]:
             best, at = _largest_inside(scores, even_tiles[a], odd_tiles)

@@ -2,6 +2,7 @@
 
 torch gives float32 products on a CPU to MKL, which on processors of AMD leaves half of their
 speed; oneDNN, which torch has too, does not, and applies GELU while a product is still at hand.
+Attention, which torch gives to MKL as well, is a loop of :mod:`.loops`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dsm_tune.merging import loops
@@ -38,7 +40,7 @@ def _operator() -> Any:
 
 
 PRODUCT = _operator()
-LEAST_QUERIES = 8  # for fewer, most of what the loop computes is for none
+LEAST_QUERIES = 8  # the loop always does as many as registers take; torch is quicker for fewer
 LEAST = 2_000_000  # multiply-adds; below, a call of oneDNN takes longer than it saves
 
 
@@ -46,7 +48,7 @@ def suits(x: Tensor) -> bool:
     """Whether what computes on a tensor may do so by other means than torch's operators.
 
     It may on a CPU in float32, if nobody wants gradients and nobody watches the operators: a
-    trace, a compiler, a count.
+    trace, a compiler, a count, a transform.
     """
     return (
         x.is_cpu
@@ -55,6 +57,8 @@ def suits(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not is_in_torch_dispatch_mode()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
@@ -113,11 +117,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
         scale: of the products of queries and keys.
         bias: [B, 1, 1, N], added to the logits of each key, or ``None``.
     """
-    (batch, heads, queries, width), keys = q.shape, k.shape[2]
-    loop = loops.compiled("attention") if suits(q) and queries >= LEAST_QUERIES else None
-    if loop is None or not loop.PAYS or min(keys, width) < loop.LEAST:
+    loop = loops.compiled("attention") if suits(q) else None
+    if loop is None or not _can_attend(loop, q, k, v, bias):
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
         return found.transpose(1, 2).flatten(2)
+    (batch, heads, queries, width), keys = q.shape, k.shape[2]
     rows = [one if one.stride(3) == 1 else one.contiguous() for one in (q, k, v)]
     result = q.new_empty(batch, queries, heads * width)
     bias = None if bias is None else bias.contiguous()
@@ -128,6 +132,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
         shares=batch * heads * queries,
     )  # fmt: skip
     return result
+
+
+def _can_attend(loop: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    """Whether a loop finds in memory what it is told is there, and pays."""
+    (batch, heads, queries, width), keys = q.shape, k.shape[2]
+    return (
+        loop.PAYS
+        and queries >= LEAST_QUERIES
+        and min(keys, width) >= loop.LEAST_SIDE
+        and k.shape == v.shape == (batch, heads, keys, width)
+        and k.dtype is v.dtype is q.dtype
+        and (bias is None or (bias.dtype is q.dtype and bias.shape == (batch, 1, 1, keys)))
+    )
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

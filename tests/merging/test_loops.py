@@ -127,22 +127,22 @@ def test_scores_that_rounding_makes_equal_or_unequal_are_so_in_both() -> None:
         assert torch.equal(found.origin, plain.origin)
 
 
-@given(seed=seeds, where=st.integers(0, 35), window=st.sampled_from([None, 2]))
+@given(seed=seeds, where=st.integers(0, 599), window=st.sampled_from([None, 2]))
 @torch.no_grad()
 def test_numbers_that_are_none_still_make_a_partition(
     seed: int, where: int, window: int | None
 ) -> None:
-    feature = drawn(seed, 1, 1, 12, 3)
+    feature = drawn(seed, 1, 1, 200, 3)
     feature.view(-1)[where:] = torch.nan
     parts = Projections(feature, feature, feature, 1.0)
-    place = drawn(seed, 1, 12, 2, levels=4)
-    tokens = Tokens(drawn(seed, 1, 12, 3), None, place, torch.arange(12)[None])
-    options, step = Matching(salience=0.2), Step(0, "merge", 4, window)
+    place = drawn(seed, 1, 200, 2, levels=4)
+    tokens = Tokens(drawn(seed, 1, 200, 3), None, place, torch.arange(200)[None])
+    options, step = Matching(salience=0.2), Step(0, "merge", 40, window)
     left = compiled.merged_tokens(Merge(tokens, feature, parts, None, step, options, 0))
     assert left.size is not None
     assert left.origin is not None
-    assert left.size.sum() == 12
-    assert left.origin[0].bincount(minlength=8).tolist() == left.size[0].tolist()
+    assert left.size.sum() == 200
+    assert left.origin[0].bincount(minlength=160).tolist() == left.size[0].tolist()
 
 
 @given(

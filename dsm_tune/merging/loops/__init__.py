@@ -14,10 +14,10 @@ __all__ = ["compiled"]
 
 @functools.cache
 def compiled(name: str) -> Any:
-    """The module of a loop, ``attention`` or ``step``; ``None`` where numba is not installed."""
+    """The module of a loop, ``attention`` or ``step``; ``None`` where numba cannot be imported."""
     try:
         return importlib.import_module(f"{__name__}.{name}")
-    except ModuleNotFoundError as error:
-        if error.name not in ("numba", "llvmlite"):
+    except ImportError as error:  # without a name, numba's: of a NumPy that it does not know
+        if error.name and not error.name.startswith(("numba", "llvmlite")):
             raise
         return None

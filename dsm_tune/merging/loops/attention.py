@@ -15,10 +15,10 @@ from numba import carray  # type: ignore[attr-defined]
 from dsm_tune.merging.loops.lanes import LANES, REGISTER, ROWS, exponentials, products
 from dsm_tune.merging.loops.machine import address_of, exact, loop, part, rows_of, share_of
 
-__all__ = ["GIVEN", "LEAST", "PAYS", "attend"]
+__all__ = ["GIVEN", "LEAST_SIDE", "PAYS", "attend"]
 
-LEAST = ROWS  # keys that there must be, and numbers of a head
-PAYS = REGISTER > 4  # where it was measured to be quicker than torch's own
+LEAST_SIDE = ROWS  # keys that there must be, and numbers of a head
+PAYS = REGISTER > 4  # with AVX-512, and with AVX2, it was measured to be quicker than torch's own
 
 # What the loop is given, in order: the scale in float64, all else in int64.
 GIVEN = (
@@ -43,7 +43,7 @@ def _as_columns(query: Any, given: Any, several: Any, columns: Any) -> None:
 
 @part
 def _as_rows(columns: Any, sums: Any, given: Any, several: Any, result: Any) -> None:
-    """Fill in some tokens from an address on, of which a head has d: columns by their sums."""
+    """Write some tokens' d numbers of a head from an address on: columns, each by its sum."""
     width, to_next = given.width, given.heads * given.width
     rows = rows_of(result, several, to_next, width)
     for i in range(several):
@@ -53,9 +53,9 @@ def _as_rows(columns: Any, sums: Any, given: Any, several: Any, result: Any) -> 
 
 
 @exact
-def _head(given: Any, image: Any, head: Any, first: Any, last: Any, room: Any) -> None:
+def _head(given: Any, image: Any, head: Any, first: Any, last: Any, buffers: Any) -> None:
     """What becomes of some queries of a head."""
-    columns, logits, sums, mixed, none = room
+    columns, logits, sums, mixed, none = buffers
     keys, width, side_by_side = given.keys, given.width, 4 * LANES
     query = given.query + image * given.query_to_image + head * given.query_to_head
     key = given.key + image * given.key_to_image + head * given.key_to_head
@@ -89,13 +89,13 @@ def attend(given: Any) -> None:
     """``softmax(q · kᵀ · scale + bias) · v``, for each image and head: [B, n, H · d].
 
     Queries [B, H, n, d] and keys and values [B, H, N, d] are float32, of any strides but that the
-    numbers of d stand side by side; N and d are at least :data:`LEAST`.
+    numbers of d stand side by side; N and d are at least :data:`LEAST_SIDE`.
 
     Args:
         given: all of :data:`GIVEN`.
     """
     one = carray(given, 1)[0]
-    room = (
+    buffers = (
         np.zeros((one.width, LANES), np.float32),
         np.empty((one.keys, LANES), np.float32),
         np.empty(LANES, np.float32),
@@ -106,5 +106,5 @@ def attend(given: Any) -> None:
     while first < last:
         which, start = first // one.queries, first % one.queries
         end = min(one.queries, start + last - first)
-        _head(one, which // one.heads, which % one.heads, start, end, room)
+        _head(one, which // one.heads, which % one.heads, start, end, buffers)
         first += end - start

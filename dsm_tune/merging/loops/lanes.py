@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 
-from dsm_tune.merging.loops.machine import machine_code
+from dsm_tune.merging.loops.machine import cpu_features, machine_code
 
 __all__ = ["LANES", "REGISTER", "ROWS", "exponentials", "products"]
 
@@ -22,7 +22,7 @@ def _registers() -> tuple[int, int]:
 
     A row of sums takes two registers.
     """
-    has = binding.get_host_cpu_features()
+    has = cpu_features()
     if has.get("avx512f"):
         return 16, 8  # 32 registers
     return (8, 6) if has.get("avx2") and has.get("fma") else (4, 6)  # at least 16
@@ -39,7 +39,7 @@ FUSED = ("contract",)  # a product may be added without being rounded
 # ones, where a float32 has its exponent: so n is rounded to a whole number and made one at once.
 TO_EXPONENT, EXPONENT_AT = 1.5 * 2.0**23 + 127, 23
 LOG_2, LEAST_POWER = 0.6931471805599453, -87.0  # e^-87 is almost the least normal number
-TAYLOR = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)  # on ±log 2 / 2, to the last bit
+TAYLOR = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)  # on ±log 2 / 2, to 1.6e-7
 
 
 class _Writer:
@@ -119,76 +119,79 @@ def _taking(several: int) -> Any:
 
 @machine_code
 def products(
-    typing: Any, one: Any, row: Any, step: Any, other: Any, level: Any, depth: Any,
-    into: Any, line: Any,
+    typing: Any, rows: Any, row_stride: Any, number_stride: Any, columns: Any, column_stride: Any,
+    depth: Any, into: Any, into_stride: Any,
 ) -> Any:  # fmt: skip
     """Fill in products of rows, [ROWS, depth], with [depth, LANES]: [ROWS, LANES].
 
     Args:
         typing: numba's.
-        one: address of the first of the rows' numbers.
-        row: bytes from one row to the next.
-        step: bytes from one number of a row to the next.
-        other: address of what they are multiplied with, LANES of them side by side.
-        level: bytes from those to the next.
+        rows: address of the first number of the first row.
+        row_stride: bytes from one row to the next.
+        number_stride: bytes from one number of a row to the next.
+        columns: address of what they are multiplied with, LANES of them side by side.
+        column_stride: bytes from those to the next.
         depth: at least 1.
         into: address of what is filled in, side by side as well.
-        line: bytes from one row of it to the next.
+        into_stride: bytes from one row of it to the next.
     """
 
     def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        do, (one, row, step, other, level, depth, into, line) = _Writer(builder), given
+        do = _Writer(builder)
+        rows, row_stride, number_stride, columns, column_stride, depth, into, into_stride = given
 
         def add(turn: Any, sums: Sequence[Any]) -> list[Any]:
-            pair, first = do.read(do.behind(other, turn, level)), do.behind(one, turn, step)
-            added = []
+            pair = do.read(do.behind(columns, turn, column_stride))
+            first, added = do.behind(rows, turn, number_stride), []
             for i in range(ROWS):
-                number = do.read_everywhere(do.behind(first, WHOLE(i), row))
+                number = do.read_everywhere(do.behind(first, WHOLE(i), row_stride))
                 own = sums[2 * i : 2 * i + 2]
                 added += [do.multiply_add(number, x, y) for x, y in zip(pair, own, strict=True)]
             return added
 
         sums = do.repeat(depth, [_all(0.0)] * (2 * ROWS), add)
         for i in range(ROWS):
-            do.write(sums[2 * i : 2 * i + 2], do.behind(into, WHOLE(i), line))
+            do.write(sums[2 * i : 2 * i + 2], do.behind(into, WHOLE(i), into_stride))
         return context.get_dummy_value()
 
     return _taking(8), code
 
 
 @machine_code
-def exponentials(typing: Any, logits: Any, more: Any, depth: Any, into: Any) -> Any:
+def exponentials(typing: Any, logits: Any, bias: Any, depth: Any, into: Any) -> Any:
     """Turn columns of logits into what is proportional to their softmax, and tell their sums.
+
+    No power is less than e^-87, so that an infinite logit below all others still counts.
 
     Args:
         typing: numba's.
         logits: address of [depth, LANES], side by side.
-        more: address of [depth], which is added to each column.
+        bias: address of [depth], which is added to each column.
         depth: at least 1.
         into: address of the sums, [LANES].
     """
 
     def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        do, (logits, more, depth, into) = _Writer(builder), given
+        do, (logits, bias, depth, into) = _Writer(builder), given
         bytes_ = WHOLE(4 * LANES)
 
-        def raise_(turn: Any, largest: Sequence[Any]) -> list[Any]:
+        def add_bias(turn: Any, largest: Sequence[Any]) -> list[Any]:
             place = do.behind(logits, turn, bytes_)
-            one = do.read_everywhere(do.behind(more, turn, WHOLE(4)))
+            one = do.read_everywhere(do.behind(bias, turn, WHOLE(4)))
             pair = [builder.fadd(x, one) for x in do.read(place)]
             do.write(pair, place)
             return [do.larger(x, y) for x, y in zip(largest, pair, strict=True)]
 
-        largest = do.repeat(depth, [_all(float("-inf"))] * 2, raise_)
+        largest = do.repeat(depth, [_all(float("-inf"))] * 2, add_bias)
 
-        def sum_(turn: Any, sums: Sequence[Any]) -> list[Any]:
+        def raise_and_sum(turn: Any, sums: Sequence[Any]) -> list[Any]:
             place = do.behind(logits, turn, bytes_)
             pair = zip(do.read(place), largest, strict=True)
             powers = [do.exponential(builder.fsub(x, y)) for x, y in pair]
             do.write(powers, place)
             return [builder.fadd(x, y) for x, y in zip(sums, powers, strict=True)]
 
-        do.write(do.repeat(depth, [_all(0.0)] * 2, sum_), into)
+        do.write(do.repeat(depth, [_all(0.0)] * 2, raise_and_sum), into)
         return context.get_dummy_value()
 
     return _taking(4), code

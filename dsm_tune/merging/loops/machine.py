@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
@@ -21,6 +21,7 @@ __all__ = [
     "NUMBERS",
     "WIDE",
     "address_of",
+    "cpu_features",
     "exact",
     "floats",
     "integers",
@@ -42,8 +43,23 @@ exact = njit(
 machine_code: Callable[[Callable[..., Any]], Any] = intrinsic  # likewise; says how to make it
 NUMBERS: Any = types.CPointer  # of a kind
 
-# numba sees by the file of a loop alone whether kept code is stale: its name tells the others.
-STAMP = zlib.crc32(b"".join(one.read_bytes() for one in sorted(Path(__file__).parent.glob("*.py"))))
+# numba sees by the file of a loop, and by the processor that it is told of, whether kept code is
+# stale: the name tells the other files, those whose numbers a loop has, and the real processor.
+HERE = Path(__file__).parent
+FILES = (*sorted(HERE.glob("*.py")), HERE.parent / "matching.py", HERE.parent / "scores.py")
+
+
+def cpu_features() -> Mapping[str, bool]:
+    """What the processor has, by LLVM's names; none, where it is not known."""
+    try:
+        return dict(binding.get_host_cpu_features())
+    except RuntimeError:
+        return {}
+
+
+STAMP = zlib.crc32(
+    b"".join(file.read_bytes() for file in FILES) + repr(sorted(cpu_features().items())).encode()
+)
 
 
 def loop(given: Sequence[str], factors: Sequence[str]) -> Callable[[Callable[[Any], None]], Any]:

@@ -25,7 +25,7 @@ from dsm_tune.merging.loops.machine import (
 )
 from dsm_tune.merging.matching import PLACE_TOLERANCE
 
-__all__ = ["attention", "match"]
+__all__ = ["attention_received", "match"]
 
 TOLERANCE, LOWEST = np.float32(PLACE_TOLERANCE), np.float32(-np.inf)
 
@@ -90,7 +90,7 @@ def _largest(row: Any) -> Any:
     at = odds
     for b in range(odds):
         at = min(at, b if row[b] == best else odds)
-    return best, min(at, odds - 1)  # of numbers that are none, too
+    return best, at
 
 
 @exact
@@ -135,7 +135,7 @@ def _in_rounds(ranked: Any, tiles: Any, crosses: Any, equal_quota: Any) -> Any:
 
 
 @part
-def attention(image: Any, given: Any) -> Any:
+def attention_received(image: Any, given: Any) -> Any:
     """As ``scores.attention_to`` of an image, [N]; none if none is asked for."""
     count, width, received = given.tokens, given.key_width, np.empty(0, np.float32)
     if given.received:
@@ -233,6 +233,8 @@ def match(image: Any, given: Any, received: Any, partner: Any) -> Any:
             penalty = penalties[kind[token]]
             for b in range(odds):
                 scores[b] += penalty[b]
+        for b in range(odds):  # a number that is none is the least one
+            scores[b] = scores[b] if scores[b] == scores[b] else LOWEST
         best, at = np.float32(0.0), -1
         if even_tiles.shape[0]:
             best, at = _largest_inside(scores, even_tiles[a], odd_tiles)

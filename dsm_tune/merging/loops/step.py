@@ -13,7 +13,7 @@ from numba import carray  # type: ignore[attr-defined]
 
 from dsm_tune.merging.loops.joining import merge, weights
 from dsm_tune.merging.loops.machine import integers, loop, share_of
-from dsm_tune.merging.loops.matching import attention, match
+from dsm_tune.merging.loops.matching import attention_received, match
 
 __all__ = ["FACTORS", "GIVEN", "NORMS", "step"]
 
@@ -50,7 +50,7 @@ def step(given: Any) -> None:
     partner = np.empty(one.evens, np.int64)
     first, last = share_of(one, one.images)
     for image in range(first, last):
-        received = attention(image, one)
+        received = attention_received(image, one)
         ranked = match(image, one, received, partner)
         if one.order:
             order = carray(integers(one.order + 8 * image * one.evens), (one.evens,))

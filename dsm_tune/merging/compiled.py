@@ -22,7 +22,7 @@ __all__ = ["Merge", "by_operators", "merged_tokens", "suits"]
 
 def suits(x: Tensor) -> bool:
     """Whether a merge of tokens [B, N, C] may be done by the compiled loop."""
-    return on_cpu.suits(x) and loops.compiled("step") is not None
+    return on_cpu.suits(x) and loops.module_of("step") is not None
 
 
 class Merge(NamedTuple):
@@ -83,7 +83,7 @@ def by_operators(merge: Merge) -> Tokens:
 def _by_loop(merge: Merge) -> Tokens:
     tokens, feature, parts, log_size, step, options, prefix, mlp_norm = merge
     # What is called here stands between a step and its work: a forward of one image feels it.
-    (batch, count, channels), loop, r = tokens.x.shape, loops.compiled("step"), step.r
+    (batch, count, channels), loop, r = tokens.x.shape, loops.module_of("step"), step.r
     even, odd = matching.first_positions(prefix)
     evens, odds, left = (count - even + 1) // 2, (count - odd + 1) // 2, count - r
     feature, query, key, received = _in_rows(feature), None, parts.k, None

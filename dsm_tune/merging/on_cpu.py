@@ -117,7 +117,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
         scale: of the products of queries and keys.
         bias: [B, 1, 1, N], added to the logits of each key, or ``None``.
     """
-    loop = loops.compiled("attention") if suits(q) else None
+    loop = loops.module_of("attention") if suits(q) else None
     if loop is None or not _can_attend(loop, q, k, v, bias):
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
         return found.transpose(1, 2).flatten(2)

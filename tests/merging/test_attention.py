@@ -271,12 +271,12 @@ def test_without_numba_torch_s_operator_attends(monkeypatch: pytest.MonkeyPatch)
     q, k, v = projections(0, 2, 40, 2, 16)
     monkeypatch.delitem(sys.modules, "dsm_tune.merging.loops.attention")
     monkeypatch.setitem(sys.modules, "numba", None)
-    loops.compiled.cache_clear()
+    loops.module_of.cache_clear()
     try:
         assert torch.equal(on_cpu.attention(q, k, v, 0.25), by_torch(q, k, v, 0.25))
     finally:
         monkeypatch.undo()
-        loops.compiled.cache_clear()
+        loops.module_of.cache_clear()
 
 
 def test_machine_code_is_made_anew_once_another_file_that_it_is_made_of_has_changed(

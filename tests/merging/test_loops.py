@@ -264,13 +264,13 @@ def test_without_numba_torch_s_operators_take_the_steps(monkeypatch: pytest.Monk
         with_loops = fast(images)
         monkeypatch.delitem(sys.modules, "dsm_tune.merging.loops.step")
         monkeypatch.setitem(sys.modules, "numba", None)
-        loops.compiled.cache_clear()
+        loops.module_of.cache_clear()
         try:
             assert not compiled.suits(images)
             without = fast(images)
         finally:
             monkeypatch.undo()
-            loops.compiled.cache_clear()
+            loops.module_of.cache_clear()
     assert compiled.suits(images)
     torch.testing.assert_close(without, with_loops, atol=1e-4, rtol=1e-4)
 

@@ -9,11 +9,11 @@ import functools
 import importlib
 from typing import Any
 
-__all__ = ["compiled"]
+__all__ = ["module_of"]
 
 
 @functools.cache
-def compiled(name: str) -> Any:
+def module_of(name: str) -> Any:
     """The module of a loop, ``attention`` or ``step``; ``None`` where numba cannot be imported."""
     try:
         return importlib.import_module(f"{__name__}.{name}")

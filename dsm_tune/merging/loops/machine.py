@@ -76,7 +76,7 @@ def loop(given: Sequence[str], factors: Sequence[str]) -> Callable[[Callable[[An
     )
     signature = types.void(NUMBERS(record))
 
-    def compiled(function: Callable[[Any], None]) -> Any:
+    def make(function: Callable[[Any], None]) -> Any:
         function.__qualname__ = f"{function.__name__}_{STAMP:08x}"
         compile_ = functools.partial(cfunc, signature, fastmath=WIDE)
         try:
@@ -84,7 +84,7 @@ def loop(given: Sequence[str], factors: Sequence[str]) -> Callable[[Callable[[An
         except (OSError, RuntimeError):  # a full disk; numba's, where no folder can be written
             return compile_()(function)
 
-    return compiled
+    return make
 
 
 @machine_code

@@ -10,7 +10,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.drop import DropPath
@@ -247,12 +246,9 @@ def _through(module: Any, x: Tensor) -> Tensor:
 
 def attention_output(block: Block, parts: Projections, bias: Tensor | None) -> Tensor:
     """``Attn`` of what was projected, [B, N, C]; ``bias`` [B, 1, 1, N] is added to its logits."""
-    attn, (q, k, v) = block.attn, (parts.q, parts.k, parts.v)
-    if attn.training and attn.attn_drop.p:
-        heads = F.scaled_dot_product_attention(q, k, v, bias, attn.attn_drop.p, scale=parts.scale)
-        heads = heads.transpose(1, 2).flatten(2)
-    else:
-        heads = attention(q, k, v, parts.scale, bias)
+    attn = block.attn
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    heads = attention(parts.q, parts.k, parts.v, parts.scale, bias, dropout=dropout)
     mixed = linear(attn.proj, _through(attn.norm, heads))
     return _through(block.drop_path1, _through(block.ls1, _through(attn.proj_drop, mixed)))
 

@@ -86,9 +86,9 @@ def _by_loop(merge: Merge) -> Tokens:
     (batch, count, channels), loop, r = tokens.x.shape, loops.module_of("step"), step.r
     even, odd = matching.first_positions(prefix)
     evens, odds, left = (count - even + 1) // 2, (count - odd + 1) // 2, count - r
-    feature, query, key, received = _in_rows(feature), None, parts.k, None
+    feature, query, key, received = team.in_rows(feature), None, parts.k, None
     if options.needs_attention and options.attention == "class":
-        query, key = _in_rows(parts.q), _in_rows(key)
+        query, key = team.in_rows(parts.q), team.in_rows(key)
         if query.stride() != key.stride():
             query, key = query.contiguous(), key.contiguous()
     elif options.needs_attention:
@@ -112,12 +112,12 @@ def _by_loop(merge: Merge) -> Tokens:
         loop.step, batch, count, channels, *_side_by_side(feature), *_side_by_side(key),
         evens, odds, r, prefix, even, odd, step.window or 0, options.quota == "equal",
         loop.NORMS[options.norm], options.position == "centroid",
-        *on_cpu.bits(
+        *team.bits(
             options.size_penalty, options.salience, options.attention_weight, parts.scale,
             epsilon,
         ),
-        *map(_address, (feature, query, key, *given)),
-        *map(_address, (x, size, new_log_size, place, normed, order, destination)),
+        *map(team.address_of, (feature, query, key, *given)),
+        *map(team.address_of, (x, size, new_log_size, place, normed, order, destination)),
         shares=batch,
     )  # fmt: skip
     origin = tokens.origin
@@ -127,17 +127,7 @@ def _by_loop(merge: Merge) -> Tokens:
     return Tokens(x, size, place, origin, new_log_size, normed)
 
 
-def _in_rows(x: Tensor) -> Tensor:
-    """[B, H, N, d] with the numbers of d side by side."""
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
 def _side_by_side(x: Tensor) -> tuple[int, ...]:
     """Of [B, H, N, d]: H and d; how far it is to the next image, head and token."""
     _, heads, _, width = x.shape
     return heads, width, *x.stride()[:3]
-
-
-def _address(x: Tensor | None) -> int:
-    """Of its first number; 0 for none."""
-    return 0 if x is None else x.data_ptr()

@@ -7,7 +7,6 @@ Attention, which torch gives to MKL as well, is a loop of :mod:`.loops`.
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from dsm_tune.merging.loops import team
 
 __all__ = [
     "attention",
-    "bits",
     "is_watched",
     "linear",
     "linear_gelu",
@@ -107,7 +105,15 @@ def is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+) -> Tensor:
     """What queries [B, H, n, d] take of values, by keys: [B, n, H · d].
 
     Args:
@@ -116,19 +122,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
         v: as k.
         scale: of the products of queries and keys.
         bias: [B, 1, 1, N], added to the logits of each key, or ``None``.
+        dropout: chance of a weight to be left out.
     """
-    loop = loops.module_of("attention") if suits(q) else None
+    loop = loops.module_of("attention") if suits(q) and not dropout else None
     if loop is None or not _can_attend(loop, q, k, v, bias):
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        found = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
         return found.transpose(1, 2).flatten(2)
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
-    rows = [one if one.stride(3) == 1 else one.contiguous() for one in (q, k, v)]
+    rows = [team.in_rows(one) for one in (q, k, v)]
     result = q.new_empty(batch, queries, heads * width)
     bias = None if bias is None else bias.contiguous()
     team.run(
         loop.attend, batch, heads, queries, keys, width,
         *(number for one in rows for number in (one.data_ptr(), *_strides(one))),
-        0 if bias is None else bias.data_ptr(), *bits(scale), result.data_ptr(),
+        team.address_of(bias), *team.bits(scale), result.data_ptr(),
         shares=batch * heads * queries,
     )  # fmt: skip
     return result
@@ -151,11 +158,6 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     """Of [B, H, N, d] in float32: bytes to the next image, head and token."""
     batch, head, token, _ = x.stride()
     return 4 * batch, 4 * head, 4 * token
-
-
-def bits(*factors: float) -> tuple[int, ...]:
-    """Of float64 numbers, as int64."""
-    return struct.unpack(f"{len(factors)}q", struct.pack(f"{len(factors)}d", *factors))
 
 
 def mean_over_heads(x: Tensor) -> Tensor:

@@ -37,9 +37,8 @@ __all__ = [
 
 WIDE = {"contract", "reassoc", "nsz"}  # what lets sums use wide registers
 part = njit(nogil=True, fastmath=WIDE)  # of a loop; compiled with it
-exact = njit(
-    nogil=True, fastmath=False
-)  # likewise; where nothing is said, it would be the caller's
+# Likewise, but sums stay as they are written; unsaid, it would have its caller's fast-math.
+exact = njit(nogil=True, fastmath=False)
 machine_code: Callable[[Callable[..., Any]], Any] = intrinsic  # likewise; says how to make it
 NUMBERS: Any = types.CPointer  # of a kind
 

@@ -7,12 +7,14 @@ fight them for the cores.
 from __future__ import annotations
 
 import ctypes
+import struct
 from array import array
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["run"]
+__all__ = ["address_of", "bits", "in_rows", "run"]
 
 
 def _openmp() -> tuple[Any, int, int]:
@@ -55,3 +57,18 @@ def run(loop: Any, *numbers: int, shares: int) -> None:
     else:
         given = array("q", (0, 0, *numbers))
         ALONE(loop.address)(given.buffer_info()[0])
+
+
+def bits(*factors: float) -> tuple[int, ...]:
+    """Of float64 numbers, as int64: as a loop is given them."""
+    return struct.unpack(f"{len(factors)}q", struct.pack(f"{len(factors)}d", *factors))
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """[B, H, N, d] with the numbers of d side by side."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def address_of(x: Tensor | None) -> int:
+    """Of its first number; 0 for none."""
+    return 0 if x is None else x.data_ptr()

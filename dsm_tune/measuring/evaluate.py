@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.measuring.quality import PerImage, compare
-from dsm_tune.merging.backbone import read_geometry, run, stem
+from dsm_tune.merging.backbone import read_geometry, stem
+from dsm_tune.merging.halves import run
 from dsm_tune.merging.merged import finish, merged
 from dsm_tune.plan import MergePlan
 

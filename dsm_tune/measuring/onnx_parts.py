@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.measuring.parts import Named, step_plans, tokens_for
-from dsm_tune.merging import backbone
+from dsm_tune.merging import halves
 from dsm_tune.plan import Matching
 from dsm_tune.runtimes.onnx.files import session
 from dsm_tune.runtimes.onnx.graph import take_step
@@ -89,7 +89,7 @@ class OnnxParts:
         geometry = self.pieces.geometry
         tokens, sizes = tokens_for(geometry, self.pixels, count)
         block = self.model.blocks[geometry.depth // 2]
-        parts = backbone.attend(block, tokens, None)[1]
+        parts = halves.attend(block, tokens, None)[1]
         projections = [one.contiguous() for one in (parts.q, parts.k, parts.v)]
         shares = (projections[0] @ projections[1].mT * parts.scale).softmax(dim=-1)
         inputs = tokens, sizes, *projections, shares
@@ -101,6 +101,6 @@ class OnnxParts:
             )
             step = plan.active_steps[0]
             place = g.repeated(x, Layout(plan, 0).places()) if step.window else None
-            of_block = backbone.Projections(q, k, v, parts.scale)
+            of_block = halves.Projections(q, k, v, parts.scale)
             state = take_step(g, plan, step, State(x, g.column(size), place), of_block, seen)
             yield name, partial(self._session(g, *state[:2]), *inputs)

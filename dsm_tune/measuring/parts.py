@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsm_tune.merging import backbone
+from dsm_tune.merging import backbone, halves
 from dsm_tune.merging.blocks import MergedBlocks
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.merging.on_cpu import suits
@@ -56,19 +56,19 @@ def _eager_calls(
     log_size = size.log()
     if suits(x):  # the dense model's blocks run as they are, unlike those of a plan
         yield "block", partial(block, x)
-    yield "attention", partial(backbone.attend, block, x, None)
-    yield "attention_sized", lambda: backbone.attend(block, x, size.log())
-    yield "mlp", partial(backbone.feed_forward, block, x)
+    yield "attention", partial(halves.attend, block, x, None)
+    yield "attention_sized", lambda: halves.attend(block, x, size.log())
+    yield "mlp", partial(halves.feed_forward, block, x)
     if geometry.reads_prefix_only:
         yield (
             "prefix_block",
-            lambda: backbone.feed_forward(
-                block, backbone.attend_prefix(block, x, log_size, geometry.prefix)
+            lambda: halves.feed_forward(
+                block, halves.attend_prefix(block, x, log_size, geometry.prefix)
             ),
         )
     yield "stem", partial(backbone.stem, model, pixels)
     yield "head", lambda: parts.forward_head(parts.norm(x))
-    projections = backbone.attend(block, x, log_size)[1]
+    projections = halves.attend(block, x, log_size)[1]
     for name, plan in step_plans(geometry, count, matchings):
         take = MergedBlocks(nn.Sequential(block), plan).take_step
         yield name, partial(take, Tokens(x, size), plan.active_steps[0], projections, log_size)

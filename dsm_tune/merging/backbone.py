@@ -1,63 +1,25 @@
-"""All we know of timm: which models can merge, their geometry, and a block in two halves.
+"""What we know of timm's models: which can merge, their geometry, what is around the blocks.
 
-A half is composed from the block's own submodules, so whatever a block has (LayerScale,
-DropPath, qk-norm) is kept, and a block of a kind that we do not know is refused.
+A block of a kind that we do not know is refused; what is known of them is in :mod:`.halves`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolLatent
-from timm.layers.drop import DropPath
-from timm.layers.mlp import Mlp, SwiGLU
-from timm.layers.norm import LayerNorm
+from timm.layers.mlp import SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer_hybrid import HybridEmbed
 from torch import Tensor, nn
 
 from dsm_tune.errors import ModelError
-from dsm_tune.merging.on_cpu import attention, is_watched, linear, linear_gelu, product, suits
 from dsm_tune.merging.refusals import reason_for
 from dsm_tune.plan import Geometry
 
-__all__ = [
-    "Norm",
-    "Projections",
-    "attend",
-    "attend_prefix",
-    "attention_output",
-    "feed_forward",
-    "image_size",
-    "mlp_norm",
-    "pool_by_size",
-    "project",
-    "read_geometry",
-    "run",
-    "stem",
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class Projections:
-    """Queries, keys (after qk-norm) and values of a block: [B, H, N, d] each, and its scale."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-
-
-class Norm(NamedTuple):
-    """What a LayerNorm consists of: weight and bias [C] float32, and epsilon."""
-
-    weight: Tensor
-    bias: Tensor
-    epsilon: float
+__all__ = ["image_size", "pool_by_size", "read_geometry", "stem"]
 
 
 def read_geometry(model: nn.Module) -> Geometry:
@@ -197,110 +159,8 @@ def pool_by_size(pool: AttentionPoolLatent, x: Tensor, size: Tensor) -> Tensor:
     return pooled
 
 
-def run(block: Block, x: Tensor) -> Tensor:
-    """A block in which nothing merges: [B, N, C] to the same."""
-    if not suits(x) or is_watched(block):
-        result: Tensor = block(x)
-        return result
-    return feed_forward(block, attend(block, x, None)[0])
-
-
-def attend(block: Block, x: Tensor, log_size: Tensor | None) -> tuple[Tensor, Projections]:
-    """The attention half of a block: ``x + Attn(norm1(x))``.
-
-    Args:
-        block: of a model that :func:`read_geometry` accepts.
-        x: [B, N, C].
-        log_size: [B, N], added to the attention logits of each key (ToMe, eq. 1), or ``None``.
-
-    Returns:
-        [B, N, C], and the projections it was computed from.
-    """
-    parts = project(block, x)
-    return x + attention_output(block, parts, _bias(parts, log_size)), parts
-
-
-def project(block: Block, x: Tensor) -> Projections:
-    """Queries, keys and values of [B, N, C]."""
-    attn, (batch, count, _) = block.attn, x.shape
-    qkv = linear(attn.qkv, block.norm1(x)).reshape(batch, count, 3, attn.num_heads, attn.head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return Projections(_through(attn.q_norm, q), _through(attn.k_norm, k), v, attn.scale)
-
-
-def _bias(parts: Projections, log_size: Tensor | None) -> Tensor | None:
-    """[B, N] as attention takes it: [B, 1, 1, N]."""
-    if log_size is None:
-        return None
-    batch, _, count, _ = parts.k.shape
-    return log_size.to(parts.q.dtype).view(batch, 1, 1, count)
-
-
-def _through(module: Any, x: Tensor) -> Tensor:
-    """Apply a module, unless it does nothing: to call it takes as long as a small operator."""
-    kind = type(module)
-    idle = kind is nn.Identity or (kind in (nn.Dropout, DropPath) and not module.training)
-    result: Tensor = x if idle and not is_watched(module) else module(x)
-    return result
-
-
-def attention_output(block: Block, parts: Projections, bias: Tensor | None) -> Tensor:
-    """``Attn`` of what was projected, [B, N, C]; ``bias`` [B, 1, 1, N] is added to its logits."""
-    attn = block.attn
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    heads = attention(parts.q, parts.k, parts.v, parts.scale, bias, dropout=dropout)
-    mixed = linear(attn.proj, _through(attn.norm, heads))
-    return _through(block.drop_path1, _through(block.ls1, _through(attn.proj_drop, mixed)))
-
-
 def stem(model: nn.Module, pixels: Tensor) -> Tensor:
     """What enters the first block: [B, 3, H, W] to [B, N, C]."""
     parts: Any = model
     tokens: Tensor = parts.norm_pre(parts.patch_drop(parts._pos_embed(parts.patch_embed(pixels))))
     return tokens
-
-
-def attend_prefix(block: Block, x: Tensor, log_size: Tensor | None, prefix: int) -> Tensor:
-    """The attention half of a block for its prefix tokens alone: [B, p, C]."""
-    attn = block.attn
-    batch, count, width = x.shape
-    normed = block.norm1(x)
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-    q = product(normed[:, :prefix], weight[:width], q_bias)
-    kv = product(normed, weight[width:], kv_bias)
-    q = q.reshape(batch, prefix, attn.num_heads, attn.head_dim).transpose(1, 2)
-    k, v = (
-        kv.reshape(batch, count, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    )
-    parts = Projections(_through(attn.q_norm, q), _through(attn.k_norm, k), v, attn.scale)
-    return x[:, :prefix] + attention_output(block, parts, _bias(parts, log_size))
-
-
-def mlp_norm(block: Block) -> Norm | None:
-    """The norm of the MLP half, if it is a LayerNorm that nobody watches, all in float32."""
-    norm: Any = block.norm2
-    if type(norm) not in (nn.LayerNorm, LayerNorm) or is_watched(norm):
-        return None
-    numbers = norm.weight, norm.bias
-    if any(one is None or one.dtype is not torch.float32 for one in numbers):
-        return None
-    return Norm(*numbers, norm.eps)
-
-
-def feed_forward(block: Block, x: Tensor, normed: Tensor | None = None) -> Tensor:
-    """The MLP half of a block: ``x + MLP(norm2(x))``, [B, N, C] to [B, N, C].
-
-    Args:
-        block: of a model that :func:`read_geometry` accepts.
-        x: [B, N, C].
-        normed: ``norm2(x)``, if it is known.
-    """
-    mlp = block.mlp
-    normed = block.norm2(x) if normed is None else normed
-    if type(mlp) is Mlp:
-        hidden = _through(mlp.norm, _through(mlp.drop1, linear_gelu(mlp.fc1, mlp.act, normed)))
-        mixed = _through(mlp.drop2, linear(mlp.fc2, hidden))
-    else:
-        mixed = mlp(normed)
-    return x + _through(block.drop_path2, _through(block.ls2, mixed))

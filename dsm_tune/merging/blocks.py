@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.errors import ModelError, PlanError
-from dsm_tune.merging import backbone, compiled, dropping, scores
+from dsm_tune.merging import backbone, compiled_step, dropping, halves, scores
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.plan import MergePlan, Step
 
@@ -80,14 +80,12 @@ class MergedBlocks(nn.Sequential):
         if plan.proportional_attention and tokens.size is not None:
             log_size = tokens.size.log() if tokens.log_size is None else tokens.log_size
         if plan.last_block == "prefix" and index == len(self) - 1:
-            x = backbone.attend_prefix(block, tokens.x, log_size, plan.geometry.prefix)
-            return Tokens(backbone.feed_forward(block, x))
+            x = halves.attend_prefix(block, tokens.x, log_size, plan.geometry.prefix)
+            return Tokens(halves.feed_forward(block, x))
         if step is None and log_size is None:
-            return tokens.having(
-                block(tokens.x) if self.is_dense else backbone.run(block, tokens.x)
-            )
+            return tokens.having(block(tokens.x) if self.is_dense else halves.run(block, tokens.x))
         tokens = self._attend(tokens, index, log_size)
-        return tokens.having(backbone.feed_forward(block, tokens.x, tokens.normed))
+        return tokens.having(halves.feed_forward(block, tokens.x))
 
     def _attend(self, tokens: Tokens, index: int, log_size: Tensor | None) -> Tokens:
         """The attention half of a block, and its step.
@@ -95,19 +93,18 @@ class MergedBlocks(nn.Sequential):
         What they needed is free when it returns: the MLP half finds that memory in the caches.
         """
         block, step = self[index], self.steps.get(index)
-        x, parts = backbone.attend(block, tokens.x, log_size)
+        x, parts = halves.attend(block, tokens.x, log_size)
         tokens = tokens.having(x)
         if step is None:
             return tokens
-        return self.take_step(tokens, step, parts, log_size, backbone.mlp_norm(block))
+        return self.take_step(tokens, step, parts, log_size)
 
     def take_step(
         self,
         tokens: Tokens,
         step: Step,
-        parts: backbone.Projections,
+        parts: halves.Projections,
         log_size: Tensor | None,
-        mlp_norm: backbone.Norm | None = None,
     ) -> Tokens:
         """What a step leaves of the tokens of its block, after the attention half.
 
@@ -116,13 +113,12 @@ class MergedBlocks(nn.Sequential):
             step: one of the plan's.
             parts: projections of the block.
             log_size: [B, N] or ``None``, as the block's attention had it.
-            mlp_norm: what comes next, which a step may do on its way.
         """
         options, prefix = self.plan.matching, self.plan.geometry.prefix
         if step.block <= self.last_local and tokens.place is None:
             tokens = dataclasses.replace(tokens, place=self._places(tokens.x))
         if step.kind == "merge":
-            return self._merge(tokens, step, parts, log_size, mlp_norm)
+            return self._merge(tokens, step, parts, log_size)
         worth = scores.worth_of(
             options, parts, log_size, prefix, lambda: self._feature(tokens, step, parts)
         )
@@ -131,7 +127,7 @@ class MergedBlocks(nn.Sequential):
         centroid = options.position == "centroid"
         return dropping.fuse(tokens, worth, step.r, prefix, norm=options.norm, centroid=centroid)
 
-    def _feature(self, tokens: Tokens, step: Step, parts: backbone.Projections) -> Tensor:
+    def _feature(self, tokens: Tokens, step: Step, parts: halves.Projections) -> Tensor:
         kind = self.plan.matching.feature
         if kind != "random":
             return scores.feature_of(kind, tokens.x, parts, level=step.kind == "merge")
@@ -142,9 +138,8 @@ class MergedBlocks(nn.Sequential):
         self,
         tokens: Tokens,
         step: Step,
-        parts: backbone.Projections,
+        parts: halves.Projections,
         log_size: Tensor | None,
-        mlp_norm: backbone.Norm | None,
     ) -> Tokens:
         options = self.plan.matching
         if options.feature in ("k", "q", "v"):
@@ -152,8 +147,8 @@ class MergedBlocks(nn.Sequential):
         else:
             feature = self._feature(tokens, step, parts).unsqueeze(1)
         prefix = self.plan.geometry.prefix
-        result = compiled.merged_tokens(
-            compiled.Merge(tokens, feature, parts, log_size, step, options, prefix, mlp_norm)
+        result = compiled_step.merged_tokens(
+            compiled_step.Merge(tokens, feature, parts, log_size, step, options, prefix)
         )
         if result.place is None or step.block < self.last_local:
             return result

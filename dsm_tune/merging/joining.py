@@ -27,7 +27,6 @@ class Tokens:
         origin: [B, N0] int64, for each original token the token it is in now, -1 if it was
             pruned; ``None`` if not traced.
         log_size: [B, N] float32, logarithms of the sizes, if they were taken on the way.
-        normed: [B, N, C], what the block's MLP half makes of ``x`` first, likewise.
     """
 
     x: Tensor
@@ -35,7 +34,6 @@ class Tokens:
     place: Tensor | None = None
     origin: Tensor | None = None
     log_size: Tensor | None = None
-    normed: Tensor | None = None
 
     def having(self, x: Tensor) -> Tokens:
         """Return the same tokens with other values, as many."""

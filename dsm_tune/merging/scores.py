@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsm_tune.merging.backbone import Projections
+from dsm_tune.merging.halves import Projections
 from dsm_tune.merging.matching import halves, unit
 from dsm_tune.merging.on_cpu import mean_over_heads, query_key_products
 from dsm_tune.plan import Matching

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.errors import ImagesError
-from dsm_tune.merging import backbone
+from dsm_tune.merging import backbone, halves
 from dsm_tune.merging.scores import attention_to
 
 __all__ = ["Sinks", "attention_sinks"]
@@ -49,8 +49,8 @@ def attention_sinks(model: nn.Module, images: Tensor) -> Sinks:
     x = backbone.stem(model, images)
     received, norms = [], []
     for block in blocks:
-        x, parts = backbone.attend(block, x, None)
+        x, parts = halves.attend(block, x, None)
         received.append(attention_to("received", parts, None) * x.shape[1])
-        x = backbone.feed_forward(block, x)
+        x = halves.feed_forward(block, x)
         norms.append(torch.linalg.vector_norm(x.float(), dim=-1))
     return Sinks(torch.stack(received, dim=1).cpu(), torch.stack(norms, dim=1).cpu())

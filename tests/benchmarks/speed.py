@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dsm_tune import schedules
 from dsm_tune.measuring.latency import timer_for
 from dsm_tune.measuring.memory import keep_freed_memory
-from dsm_tune.merging import backbone
+from dsm_tune.merging import backbone, halves
 from dsm_tune.merging.backbone import read_geometry
 from dsm_tune.merging.merged import merged_view
 from dsm_tune.merging.on_cpu import suits
@@ -57,13 +57,13 @@ def slice_floor(model: Any, plan: MergePlan) -> Forward:
         x = backbone.stem(model, images)
         for index, block in enumerate(blocks):
             if plan.last_block == "prefix" and index == len(blocks) - 1:
-                x = backbone.attend_prefix(block, x, None, plan.geometry.prefix)
+                x = halves.attend_prefix(block, x, None, plan.geometry.prefix)
             elif removed[index]:
-                x = backbone.attend(block, x, None)[0][:, : tokens[index + 1]]
+                x = halves.attend(block, x, None)[0][:, : tokens[index + 1]]
             else:
-                x = backbone.run(block, x)
+                x = halves.run(block, x)
                 continue
-            x = backbone.feed_forward(block, x)
+            x = halves.feed_forward(block, x)
         return model.forward_head(model.norm(x))  # type: ignore[no-any-return]
 
     return forward

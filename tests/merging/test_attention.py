@@ -7,35 +7,28 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from loop_runs import counted, drawn, on_threads
 from small_vits import small_vit
 from torch import Tensor
 from torch.autograd import forward_ad
 
 import dsm_tune
 from dsm_tune.merging import loops, on_cpu
-from dsm_tune.merging.backbone import attend
-from dsm_tune.merging.loops import team
+from dsm_tune.merging.halves import attend
 
 pytest.importorskip("numba", reason="without numba, torch's operator attends")
 from dsm_tune.merging.loops.attention import LEAST_SIDE, PAYS
 
 seeds = st.integers(0, 9999)
 needs_lanes = pytest.mark.skipif(not PAYS, reason="the loop is for AVX2 and AVX-512")
-
-
-def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def projections(seed: int, batch: int, count: int, heads: int, width: int) -> tuple[Tensor, ...]:
@@ -46,22 +39,6 @@ def projections(seed: int, batch: int, count: int, heads: int, width: int) -> tu
 def by_torch(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return found.transpose(1, 2).flatten(2)
-
-
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """How often a loop is run."""
-    asked, usual = [0], team.run
-
-    def counting(loop: Any, *numbers: int, shares: int) -> None:
-        asked[0] += 1
-        usual(loop, *numbers, shares=shares)
-
-    team.run = counting
-    try:
-        yield asked
-    finally:
-        team.run = usual
 
 
 @needs_lanes
@@ -136,12 +113,8 @@ def test_bits_depend_on_neither_threads_nor_other_images(threads: int) -> None:
     bias = drawn(1, 7, 1, 1, 43)
     each = zip(*(one.split(1) for one in (q, k, v, bias)), strict=True)
     alone = [on_cpu.attention(*three, 0.2, more) for *three, more in each]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         assert torch.equal(on_cpu.attention(q, k, v, 0.2, bias), torch.cat(alone))
-    finally:
-        torch.set_num_threads(before)
     fewer = on_cpu.attention(q[:, :, :20], k, v, 0.2, bias)
     assert torch.equal(fewer, torch.cat(alone)[:, :20])
 

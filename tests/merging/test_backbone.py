@@ -21,7 +21,8 @@ from families import BEGIN, END, FAMILIES, check, create, reason
 from families import REFUSED as REFUSED_IN_README
 
 from dsm_tune.errors import ModelError
-from dsm_tune.merging.backbone import attend, attend_prefix, feed_forward, read_geometry
+from dsm_tune.merging.backbone import read_geometry
+from dsm_tune.merging.halves import attend, attend_prefix, feed_forward
 from dsm_tune.merging.merged import merged
 from dsm_tune.merging.published import dsm_plan, tome_plan
 from dsm_tune.merging.similarity import similarity_curve

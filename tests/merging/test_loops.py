@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -12,12 +11,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from loop_runs import drawn, on_threads
 from small_vits import images_for, plan_for, small_vit
 from torch import Tensor
 
-from dsm_tune.merging import compiled, loops
-from dsm_tune.merging.backbone import Norm, Projections
-from dsm_tune.merging.compiled import Merge
+from dsm_tune.merging import compiled_step, loops
+from dsm_tune.merging.compiled_step import Merge
+from dsm_tune.merging.halves import Projections
 from dsm_tune.merging.joining import Tokens, merge
 from dsm_tune.merging.loops import team
 from dsm_tune.merging.matching import choose_edges, halves, similarity
@@ -27,14 +27,6 @@ from dsm_tune.plan import Matching, Step
 
 pytest.importorskip("numba", reason="without numba, torch's operators take the steps")
 seeds = st.integers(0, 9999)
-
-
-def drawn(seed: int, *shape: int, levels: int = 0) -> Tensor:
-    """Numbers of a normal distribution, or as many different ones as ``levels``, for ties."""
-    generator = torch.Generator().manual_seed(seed)
-    if levels:
-        return torch.randint(levels, shape, generator=generator).float()
-    return torch.randn(shape, generator=generator)
 
 
 def exact_features(seed: int, *shape: int) -> Tensor:
@@ -58,7 +50,7 @@ def merge_plainly(tokens: Tokens, feature: Tensor, r: int, prefix: int = 1) -> T
     parts = Projections(feature, feature, feature, 1.0)
     step = Step(0, "merge", r)
     given = Merge(tokens, feature, parts, None, step, Matching(), prefix)
-    return compiled.merged_tokens(given)
+    return compiled_step.merged_tokens(given)
 
 
 matchings = st.builds(
@@ -95,19 +87,16 @@ def test_the_same_edges_merge_into_the_same_tokens(
     parts = projections(seed + 3, batch, count, heads, width)
     r = data.draw(st.integers(1, halves(x, prefix)[0].shape[1]))  # else it is no step
     step, log_size = Step(0, "merge", r, window), None if size is None else size.log()
-    norm = Norm(drawn(seed + 6, 5), drawn(seed + 7, 5), 0.1)
-    given = Merge(tokens, getattr(parts, whose), parts, log_size, step, options, prefix, norm)
+    given = Merge(tokens, getattr(parts, whose), parts, log_size, step, options, prefix)
 
-    plain = compiled.by_operators(given)
-    assert compiled.suits(x)
-    loop = compiled.merged_tokens(given)
+    plain = compiled_step.by_operators(given)
+    assert compiled_step.suits(x)
+    loop = compiled_step.merged_tokens(given)
 
     assert torch.equal(loop.origin, plain.origin)  # the same edges, in the same order
     assert torch.equal(loop.size, plain.size)
     torch.testing.assert_close(loop.x, plain.x, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loop.log_size, plain.size.log(), atol=1e-6, rtol=1e-6)
-    normed = torch.nn.functional.layer_norm(loop.x, (5,), *norm)
-    torch.testing.assert_close(loop.normed, normed, atol=1e-5, rtol=1e-5)
     if place is not None:
         torch.testing.assert_close(loop.place, plain.place, atol=1e-5, rtol=1e-5)
     before = {tuple(row.tolist()) for row in x.flatten(0, 1)}
@@ -123,7 +112,7 @@ def test_scores_that_rounding_makes_equal_or_unequal_are_so_in_both() -> None:
         tokens = Tokens(drawn(seed, 2, 33, 5), origin=torch.arange(33).repeat(2, 1))
         options = Matching(salience=0.3, attention="received")
         given = Merge(tokens, parts.q, parts, None, Step(0, "merge", 9), options, 0)
-        found, plain = compiled.merged_tokens(given), compiled.by_operators(given)
+        found, plain = compiled_step.merged_tokens(given), compiled_step.by_operators(given)
         assert torch.equal(found.origin, plain.origin)
 
 
@@ -138,7 +127,7 @@ def test_numbers_that_are_none_still_make_a_partition(
     place = drawn(seed, 1, 200, 2, levels=4)
     tokens = Tokens(drawn(seed, 1, 200, 3), None, place, torch.arange(200)[None])
     options, step = Matching(salience=0.2), Step(0, "merge", 40, window)
-    left = compiled.merged_tokens(Merge(tokens, feature, parts, None, step, options, 0))
+    left = compiled_step.merged_tokens(Merge(tokens, feature, parts, None, step, options, 0))
     assert left.size is not None
     assert left.origin is not None
     assert left.size.sum() == 200
@@ -161,22 +150,22 @@ def test_features_and_keys_may_lie_in_memory_as_they_like(
         feature = feature.transpose(2, 3).contiguous().transpose(2, 3)
     elif layout == "one for all":
         feature = feature[:1].expand(batch, -1, -1, -1)
-    parts = dataclasses.replace(parts, k=feature)
+    parts = parts._replace(k=feature)
     tokens = Tokens(drawn(seed, batch, count, 3), origin=torch.arange(count).repeat(batch, 1))
     given = Step(0, "merge", 1), Matching(salience=0.1), 0
-    found = compiled.merged_tokens(Merge(tokens, feature, parts, None, *given))
-    plain = compiled.by_operators(Merge(tokens, feature.clone(), parts, None, *given))
+    found = compiled_step.merged_tokens(Merge(tokens, feature, parts, None, *given))
+    plain = compiled_step.by_operators(Merge(tokens, feature.clone(), parts, None, *given))
     assert torch.equal(found.origin, plain.origin)
 
 
 @torch.no_grad()
 def test_a_token_without_attention_keeps_some_weight() -> None:
-    parts = dataclasses.replace(projections(0, 1, 41, 1, 64), scale=1.0)
+    parts = projections(0, 1, 41, 1, 64)._replace(scale=1.0)
     received = attention_to("class", parts, None)
     assert (received * 41 < LEAST_SHARE).sum() > 10
     tokens, step = Tokens(drawn(1, 1, 41, 5)), Step(0, "merge", 20)
     given = Merge(tokens, parts.k, parts, None, step, Matching(attention_weight=1.0), 1)
-    found, plain = compiled.merged_tokens(given), compiled.by_operators(given)
+    found, plain = compiled_step.merged_tokens(given), compiled_step.by_operators(given)
     torch.testing.assert_close(found.x, plain.x, atol=1e-5, rtol=1e-5)
 
 
@@ -202,12 +191,8 @@ def test_threads_share_images_and_none_is_left_out(threads: int) -> None:
         merge_plainly(Tokens(one[None]), two[None], 9).x
         for one, two in zip(x, feature, strict=True)
     ]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         found = merge_plainly(Tokens(x), feature, 9)
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(found.x, torch.cat(alone))  # bit by bit
 
 
@@ -226,15 +211,15 @@ def test_python_s_threads_may_merge_at_once() -> None:
 def test_a_team_may_be_smaller_than_asked_for() -> None:
     code = """
 import torch
-from dsm_tune.merging import compiled
-from dsm_tune.merging.backbone import Projections
+from dsm_tune.merging.compiled_step import Merge, merged_tokens
+from dsm_tune.merging.halves import Projections
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.plan import Matching, Step
 torch.set_num_threads(4)
 x, k = torch.randn(9, 31, 4), torch.randn(9, 2, 31, 8)
 with torch.no_grad():
     parts, step = Projections(k, k, k, 1.0), Step(0, "merge", 5)
-    left = compiled.merged_tokens(compiled.Merge(Tokens(x), k, parts, None, step, Matching(), 1))
+    left = merged_tokens(Merge(Tokens(x), k, parts, None, step, Matching(), 1))
 print((left.size.sum(dim=1) == 31).all().item())
 """
     done = subprocess.run(
@@ -266,36 +251,13 @@ def test_without_numba_torch_s_operators_take_the_steps(monkeypatch: pytest.Monk
         monkeypatch.setitem(sys.modules, "numba", None)
         loops.module_of.cache_clear()
         try:
-            assert not compiled.suits(images)
+            assert not compiled_step.suits(images)
             without = fast(images)
         finally:
             monkeypatch.undo()
             loops.module_of.cache_clear()
-    assert compiled.suits(images)
+    assert compiled_step.suits(images)
     torch.testing.assert_close(without, with_loops, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("norm", ["watched", "adapted", "of another kind", "without numbers"])
-@torch.no_grad()
-def test_a_norm_that_is_more_than_its_numbers_is_called(norm: str) -> None:
-    model = small_vit(grid=(14, 14))
-    called = []
-    for block in model.blocks:
-        if norm == "watched":
-            block.norm2.register_forward_pre_hook(lambda _, given: called.append(given))
-        elif norm == "adapted":
-            block.norm2.register_forward_hook(lambda _, __, out: called.append(out) or out * 2)
-        elif norm == "of another kind":
-            block.norm2 = torch.nn.RMSNorm(model.embed_dim)
-        else:
-            block.norm2 = torch.nn.LayerNorm(model.embed_dim, elementwise_affine=False)
-    images = images_for(model)
-    with merged(model, plan_for(model, (0, "merge", 30, None), (2, "merge", 40, None))) as fast:
-        by_loop = fast(images)
-        assert len(called) == (len(model.blocks) if norm in ("watched", "adapted") else 0)
-        with torch.enable_grad():
-            by_operators = fast(images)
-    torch.testing.assert_close(by_loop, by_operators.detach(), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from small_vits import GRIDS, KINDS, geometry, images_for, plan_for, small_vit
 from torch import Tensor, nn
 
 from dsm_tune.errors import ModelError, PlanError
-from dsm_tune.merging.backbone import attend, run
+from dsm_tune.merging.halves import attend, run
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.merging.merged import apply, finish, merged, merged_view, trace
 from dsm_tune.merging.published import dsm_plan, tome_plan

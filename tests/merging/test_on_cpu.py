@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsm_tune.measuring.macs import count_macs
-from dsm_tune.merging import on_cpu
-from dsm_tune.merging.backbone import run
+from dsm_tune.merging import loops, on_cpu
+from dsm_tune.merging.halves import run
 from dsm_tune.merging.merged import merged
 
 STEP = (1, "merge", 3, None)
@@ -142,7 +142,14 @@ def test_a_count_of_multiply_adds_sees_torch_s_operators() -> None:
     assert asked == [0]
 
 
+@pytest.fixture
+def without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where numba is not installed."""
+    monkeypatch.setattr(loops, "module_of", lambda name: None)
+
+
 @needs_onednn
+@pytest.mark.usefixtures("without_loops")
 def test_a_merged_model_multiplies_by_onednn_and_a_dense_one_as_it_is() -> None:
     model = small_vit()
     images = images_for(model)
@@ -156,6 +163,7 @@ def test_a_merged_model_multiplies_by_onednn_and_a_dense_one_as_it_is() -> None:
 
 
 @needs_onednn
+@pytest.mark.usefixtures("without_loops")
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @torch.no_grad()
 def test_every_kind_of_model_gives_the_same_logits_by_onednn(kind: str) -> None:

@@ -10,7 +10,7 @@ from small_vits import KINDS, images_for, small_vit
 from torch import Tensor, nn
 
 from dsm_tune.errors import ImagesError
-from dsm_tune.merging.backbone import attend
+from dsm_tune.merging.halves import attend
 from dsm_tune.merging.similarity import (
     delay_stability,
     detect_delay,

@@ -15,7 +15,7 @@ from numba import carray  # type: ignore[attr-defined]
 from dsm_tune.merging.loops.lanes import LANES, REGISTER, ROWS, exponentials, products
 from dsm_tune.merging.loops.machine import address_of, exact, loop, part, rows_of, share_of
 
-__all__ = ["GIVEN", "LEAST_SIDE", "PAYS", "attend"]
+__all__ = ["GIVEN", "LEAST_SIDE", "PAYS", "attend", "attend_share"]
 
 LEAST_SIDE = ROWS  # keys that there must be, and numbers of a head
 PAYS = REGISTER > 4  # with AVX-512, and with AVX2, it was measured to be quicker than torch's own
@@ -84,6 +84,24 @@ def _head(given: Any, image: Any, head: Any, first: Any, last: Any, buffers: Any
         _as_rows(mixed, sums, given, several, result + token * to_token)
 
 
+@part
+def attend_share(given: Any) -> None:
+    """A thread's share of :func:`attend`."""
+    buffers = (
+        np.zeros((given.width, LANES), np.float32),
+        np.empty((given.keys, LANES), np.float32),
+        np.empty(LANES, np.float32),
+        np.empty((given.width, LANES), np.float32),
+        np.zeros(given.keys, np.float32),
+    )
+    first, last = share_of(given, given.images * given.heads * given.queries)
+    while first < last:
+        which, start = first // given.queries, first % given.queries
+        end = min(given.queries, start + last - first)
+        _head(given, which // given.heads, which % given.heads, start, end, buffers)
+        first += end - start
+
+
 @loop(GIVEN, ("scale",))
 def attend(given: Any) -> None:
     """``softmax(q · kᵀ · scale + bias) · v``, for each image and head: [B, n, H · d].
@@ -94,17 +112,4 @@ def attend(given: Any) -> None:
     Args:
         given: all of :data:`GIVEN`.
     """
-    one = carray(given, 1)[0]
-    buffers = (
-        np.zeros((one.width, LANES), np.float32),
-        np.empty((one.keys, LANES), np.float32),
-        np.empty(LANES, np.float32),
-        np.empty((one.width, LANES), np.float32),
-        np.zeros(one.keys, np.float32),
-    )
-    first, last = share_of(one, one.images * one.heads * one.queries)
-    while first < last:
-        which, start = first // one.queries, first % one.queries
-        end = min(one.queries, start + last - first)
-        _head(one, which // one.heads, which % one.heads, start, end, buffers)
-        first += end - start
+    attend_share(carray(given, 1)[0])

@@ -81,26 +81,6 @@ def _join(x: Any, rows: Any, source: Any, target: Any, share: Any, norm: Any, me
 
 
 @part
-def _normalise(x: Any, given: Any, normed: Any) -> None:
-    """As torch's ``layer_norm``, of [N, C]: fill in as many."""
-    count, channels = x.shape
-    weight = of_image(0, given.mlp_norm_weight, (channels,))
-    bias = of_image(0, given.mlp_norm_bias, (channels,))
-    share, epsilon = np.float32(1.0) / np.float32(channels), np.float32(given.mlp_norm_epsilon)
-    for i in range(count):
-        one, into = x[i], normed[i]
-        mean, spread = np.float32(0.0), np.float32(0.0)
-        for c in range(channels):
-            mean += one[c]
-        mean *= share
-        for c in range(channels):
-            spread += (one[c] - mean) ** 2
-        scale = np.float32(1.0) / np.sqrt(spread * share + epsilon)
-        for c in range(channels):
-            into[c] = (one[c] - mean) * scale * weight[c] + bias[c]
-
-
-@part
 def merge(image: Any, given: Any, ranked: Any, partner: Any, weight: Any) -> None:
     """As ``joining.merge``, for an image."""
     count, channels, r = given.tokens, given.channels, given.r
@@ -131,8 +111,6 @@ def merge(image: Any, given: Any, ranked: Any, partner: Any, weight: Any) -> Non
         of_image(image, given.new_x, (left, channels)),
     )
     _join(x, rows, source, target, share, given.norm, merged)
-    if given.normed:
-        _normalise(merged, given, of_image(image, given.normed, (left, channels)))
     place, new_place = (
         of_image(image, given.place, (count, 2)),
         of_image(image, given.new_place, (left, 2)),

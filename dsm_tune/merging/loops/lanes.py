@@ -14,7 +14,17 @@ from numba import types
 
 from dsm_tune.merging.loops.machine import cpu_features, machine_code
 
-__all__ = ["LANES", "REGISTER", "ROWS", "exponentials", "products"]
+__all__ = [
+    "ACROSS",
+    "DOWN",
+    "LANES",
+    "REGISTER",
+    "ROWS",
+    "add_products",
+    "exponentials",
+    "gelu",
+    "products",
+]
 
 
 def _registers() -> tuple[int, int]:
@@ -30,6 +40,7 @@ def _registers() -> tuple[int, int]:
 
 REGISTER, ROWS = _registers()
 LANES = 2 * REGISTER
+DOWN, ACROSS = 4, REGISTER // 4  # rows of sums and sums in each, one register in all
 WHOLE, NUMBER = ir.IntType(64), ir.FloatType()
 SIDE_BY_SIDE = ir.VectorType(NUMBER, REGISTER)
 BITS = ir.VectorType(ir.IntType(32), REGISTER)
@@ -41,6 +52,10 @@ TO_EXPONENT, EXPONENT_AT = 1.5 * 2.0**23 + 127, 23
 LOG_2, LEAST_POWER = 0.6931471805599453, -87.0  # e^-87 is almost the least normal number
 TAYLOR = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)  # on ±log 2 / 2, to 1.6e-7
 
+# erf(x) of x >= 0, to 1.5e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
+ERF_AT, ERF = 0.3275911, (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+SIGN = 0x80000000
+
 
 class _Writer:
     """Writes what is to be done with LANES numbers: a pair of registers; addresses are int64."""
@@ -49,7 +64,7 @@ class _Writer:
         self.to = to
 
     def read(self, address: Any) -> list[Any]:
-        return [self._from(place, SIDE_BY_SIDE) for place in self._both(address)]
+        return [self.read_as(place, SIDE_BY_SIDE) for place in self._both(address)]
 
     def write(self, pair: Sequence[Any], address: Any) -> None:
         for one, place in zip(pair, self._both(address), strict=True):
@@ -59,7 +74,7 @@ class _Writer:
         """One number, in each lane of a register."""
         nothing = ir.Constant(SIDE_BY_SIDE, ir.Undefined)
         first = ir.IntType(32)(0)
-        one = self.to.insert_element(nothing, self._from(address, NUMBER), first)
+        one = self.to.insert_element(nothing, self.read_as(address, NUMBER), first)
         return self.to.shuffle_vector(one, nothing, ir.Constant(BITS, [0] * REGISTER))
 
     def behind(self, address: Any, times: Any, step: Any) -> Any:
@@ -102,11 +117,70 @@ class _Writer:
         exponent = to.shl(to.bitcast(marked, BITS), ir.Constant(BITS, [EXPONENT_AT] * REGISTER))
         return to.fmul(power, to.bitcast(exponent, SIDE_BY_SIDE))
 
-    def _from(self, address: Any, kind: Any) -> Any:
+    def gelu(self, x: Any) -> Any:
+        """x · Φ(x), of which Φ(x) is (1 + erf(x / √2)) / 2."""
+        to, sign = self.to, ir.Constant(BITS, [SIGN] * REGISTER)
+        bits = to.bitcast(x, BITS)
+        size = to.bitcast(to.and_(bits, ir.Constant(BITS, [SIGN - 1] * REGISTER)), SIDE_BY_SIDE)
+        z = to.fmul(size, _all(0.5**0.5))
+        t = to.fdiv(_all(1.0), self.multiply_add(z, _all(ERF_AT), _all(1.0)))
+        power = _all(ERF[0])
+        for factor in ERF[1:]:
+            power = self.multiply_add(power, t, _all(factor))
+        rest = to.fmul(to.fmul(power, t), self.exponential(to.fneg(to.fmul(z, z))))
+        erf = to.bitcast(to.fsub(_all(1.0), rest), BITS)
+        erf = to.bitcast(to.or_(erf, to.and_(bits, sign)), SIDE_BY_SIDE)
+        half = to.fmul(x, _all(0.5))
+        return self.multiply_add(half, erf, half)
+
+    def sum_each(self, several: Sequence[Any]) -> Any:
+        """The sums of REGISTER registers, side by side in one."""
+        step = 1  # numbers that are told from each other: first within four, then four by four
+        while len(several) > 1:
+            first, second = _apart(step)
+            pairs = zip(several[::2], several[1::2], strict=True)
+            several = [
+                self.to.fadd(self.choose(*pair, first), self.choose(*pair, second))
+                for pair in pairs
+            ]
+            step *= 2
+        return several[0]
+
+    def choose(self, one: Any, other: Any, places: Sequence[int]) -> Any:
+        """Of the numbers of two registers, those at the places."""
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), list(places))
+        return self.to.shuffle_vector(one, other, mask)
+
+    def read_as(self, address: Any, kind: Any) -> Any:
         return self.to.load(self.to.inttoptr(address, kind.as_pointer()), align=4)
 
     def _both(self, address: Any) -> tuple[Any, Any]:
         return address, self.to.add(address, WHOLE(4 * REGISTER))
+
+
+def _apart(step: int) -> tuple[list[int], list[int]]:
+    """Of two registers, places of numbers, and of those that are to be added to them.
+
+    Processors move numbers within groups of four, or whole groups, faster than others.
+    """
+    if step == 1:
+        first = [
+            place
+            for at in range(0, REGISTER, 4)
+            for i in range(2)
+            for place in (at + i, at + i + REGISTER)
+        ]
+        return first, [place + 2 for place in first]
+    if step == 2:
+        first = [
+            place + i
+            for at in range(0, REGISTER, 4)
+            for place in (at, at + REGISTER)
+            for i in range(2)
+        ]
+        return first, [place + 2 for place in first]
+    first = [at + i for at in range(0, 2 * REGISTER, 8) for i in range(4)]
+    return first, [place + 4 for place in first]
 
 
 def _all(number: float) -> Any:
@@ -195,3 +269,89 @@ def exponentials(typing: Any, logits: Any, bias: Any, depth: Any, into: Any) -> 
         return context.get_dummy_value()
 
     return _taking(4), code
+
+
+def _adding(rows: int) -> Any:
+    """What adds to [rows, ACROSS] the products of as many rows with ACROSS others."""
+
+    def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        do, across = _Writer(builder), ir.VectorType(NUMBER, ACROSS)
+        ones, one_stride, others, other_stride, depth, into, into_stride = given
+
+        def add(turn: Any, sums: Sequence[Any]) -> list[Any]:
+            at = builder.mul(turn, WHOLE(4 * REGISTER))
+
+            def read(first: Any, stride: Any, several: int) -> list[Any]:
+                first = builder.add(first, at)
+                places = (do.behind(first, WHOLE(i), stride) for i in range(several))
+                return [do.read_as(place, SIDE_BY_SIDE) for place in places]
+
+            columns = read(others, other_stride, ACROSS)
+            pairs = ((x, y) for x in read(ones, one_stride, rows) for y in columns)
+            return [do.multiply_add(*pair, own) for pair, own in zip(pairs, sums, strict=True)]
+
+        turns = builder.udiv(depth, WHOLE(REGISTER))
+        sums = do.repeat(turns, [_all(0.0)] * (rows * ACROSS), add)
+        every = do.sum_each(sums + [_all(0.0)] * ((DOWN - rows) * ACROSS))
+        for i in range(rows):
+            place = do.behind(into, WHOLE(i), into_stride)
+            own = do.choose(every, every, range(i * ACROSS, (i + 1) * ACROSS))
+            into_row = builder.inttoptr(place, across.as_pointer())
+            builder.store(builder.fadd(do.read_as(place, across), own), into_row, align=4)
+        return context.get_dummy_value()
+
+    return code
+
+
+@machine_code
+def add_products(
+    typing: Any, several: Any, ones: Any, one_stride: Any, others: Any, other_stride: Any,
+    depth: Any, into: Any, into_stride: Any,
+) -> Any:  # fmt: skip
+    """Add products of rows [several, depth] with rows [ACROSS, depth] to [several, ACROSS].
+
+    Args:
+        typing: numba's.
+        several: 1 to DOWN.
+        ones: address of the first number of the first row.
+        one_stride: bytes from one row to the next; its numbers stand side by side.
+        others: likewise, of those they are multiplied with.
+        other_stride: likewise.
+        depth: a multiple of REGISTER, more than 0.
+        into: address of what is added to.
+        into_stride: bytes from one row of it to the next.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        several, *others = given
+        done = builder.append_basic_block()
+        cases = {rows: builder.append_basic_block() for rows in range(1, DOWN + 1)}
+        chosen = builder.switch(several, done)
+        for rows, block in cases.items():
+            chosen.add_case(WHOLE(rows), block)
+            builder.position_at_end(block)
+            _adding(rows)(context, builder, signature, others)
+            builder.branch(done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return _taking(8), code
+
+
+@machine_code
+def gelu(typing: Any, numbers: Any, several: Any) -> Any:
+    """Apply GELU, the exact one, to so many numbers from an address on; a multiple of REGISTER."""
+
+    def code(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        do, (numbers, several) = _Writer(builder), given
+
+        def apply(turn: Any, nothing: Sequence[Any]) -> list[Any]:
+            place = do.behind(numbers, turn, WHOLE(4 * REGISTER))
+            made = do.gelu(do.read_as(place, SIDE_BY_SIDE))
+            builder.store(made, builder.inttoptr(place, made.type.as_pointer()), align=4)
+            return []
+
+        do.repeat(builder.udiv(several, WHOLE(REGISTER)), [], apply)
+        return context.get_dummy_value()
+
+    return _taking(2), code

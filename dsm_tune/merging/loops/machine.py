@@ -33,6 +33,7 @@ __all__ = [
     "product",
     "rows_of",
     "share_of",
+    "wait_for_all",
 ]
 
 WIDE = {"contract", "reassoc", "nsz"}  # what lets sums use wide registers
@@ -66,10 +67,11 @@ def loop(given: Sequence[str], factors: Sequence[str]) -> Callable[[Callable[[An
 
     Args:
         given: what the loop finds in its record, in order, behind ``team_size`` and
-            ``thread_number``: addresses of what tells them, or 0 and 0 for one thread.
+            ``thread_number``, addresses of what tells them, and ``barrier``, of what waits for all
+            threads: 0 each for one thread.
         factors: those of them that are float64; the others are int64.
     """
-    names = ("team_size", "thread_number", *given)
+    names = ("team_size", "thread_number", "barrier", *given)
     record = types.Record.make_c_struct(
         [(name, types.float64 if name in factors else types.int64) for name in names]
     )
@@ -109,6 +111,13 @@ def share_of(given: Any, several: Any) -> Any:
         first = np.int64(_call(given.thread_number)) * share
         last = min(first + share, several)
     return first, last
+
+
+@part
+def wait_for_all(given: Any) -> None:
+    """Go on when every thread has come here."""
+    if given.barrier:
+        _call(given.barrier)
 
 
 def _at(kind: Any) -> Any:

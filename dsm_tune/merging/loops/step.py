@@ -20,23 +20,22 @@ __all__ = ["FACTORS", "GIVEN", "NORMS", "step"]
 NORMS = {"free": 0, "mean": 1, "largest": 2}
 
 # What the loop is given, in order, each of 8 bytes: these in float64, all others in int64.
-FACTORS = ("size_penalty", "salience", "attention_weight", "scale", "mlp_norm_epsilon")
+FACTORS = ("size_penalty", "salience", "attention_weight", "scale")
 GIVEN = (
     *("images", "tokens", "channels"),
     *("heads", "width", "to_image", "to_head", "to_token"),  # of the feature, and how far it is to
     *("key_heads", "key_width", "key_to_image", "key_to_head", "key_to_token"),  # the next one
     *("evens", "odds", "r", "prefix", "first_even", "first_odd"),
     *("window", "equal_quota", "norm", "centroid", *FACTORS),
-    # Addresses, 0 for none; of what the last seven name, it is filled in.
+    # Addresses, 0 for none; of what the last six name, it is filled in.
     *("feature", "query", "key", "log_size", "received", "x", "size", "place"),
-    *("mlp_norm_weight", "mlp_norm_bias"),  # [C] each
-    *("new_x", "new_size", "new_log_size", "new_place", "normed", "order", "destination"),
+    *("new_x", "new_size", "new_log_size", "new_place", "order", "destination"),
 )
 
 
 @loop(GIVEN, FACTORS)
 def step(given: Any) -> None:
-    """A merge step, as ``compiled.by_operators`` has it.
+    """A merge step, as ``compiled_step.by_operators`` has it.
 
     A feature is [B, H, N, d], of any strides but that those of d stand side by side; so are keys
     and queries, which have the same strides, and of which the class token's alone are read. All

@@ -17,27 +17,27 @@ from torch import Tensor
 __all__ = ["address_of", "bits", "in_rows", "run"]
 
 
-def _openmp() -> tuple[Any, int, int]:
+def _openmp() -> tuple[Any, tuple[int, ...]]:
     """The OpenMP runtime that torch is linked with, if it has one.
 
     Returns:
         What starts a team, or ``None``; the addresses of what tells a thread of it how many they
-        are and which it is.
+        are and which it is, and of what waits until all have come to the same place.
     """
     try:
         library = ctypes.CDLL(torch._C.__file__)
         start = library.GOMP_parallel
-        telling = library.omp_get_num_threads, library.omp_get_thread_num
+        found = library.omp_get_num_threads, library.omp_get_thread_num, library.GOMP_barrier
     except (AttributeError, OSError):
-        return None, 0, 0
+        return None, ALONE
     start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     start.restype = None
-    size, number = (ctypes.cast(one, ctypes.c_void_p).value or 0 for one in telling)
-    return start, size, number
+    return start, tuple(ctypes.cast(one, ctypes.c_void_p).value or 0 for one in found)
 
 
-START, SIZE, NUMBER = _openmp()
-ALONE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+ALONE = (0, 0, 0)
+START, TOGETHER = _openmp()
+CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def run(loop: Any, *numbers: int, shares: int) -> None:
@@ -45,18 +45,18 @@ def run(loop: Any, *numbers: int, shares: int) -> None:
 
     Args:
         loop: of :mod:`~dsm_tune.merging.loops`; called by each thread with the same address, of
-            int64: two addresses of what tells it how many threads there are and its own number,
-            from 0, or 0 and 0 if there is one thread; and the numbers.
+            int64: addresses of what tells it how many threads there are and its own number, from
+            0, and of what waits for all of them, 0 each if there is one thread; and the numbers.
         *numbers: sizes, and addresses of memory that lives until the loop returns.
         shares: that the work consists of; one alone is done by the thread that calls.
     """
     threads = torch.get_num_threads()
     if shares > 1 and threads > 1 and START is not None:
-        given = array("q", (SIZE, NUMBER, *numbers))
+        given = array("q", (*TOGETHER, *numbers))
         START(loop.address, given.buffer_info()[0], threads, 0)
     else:
-        given = array("q", (0, 0, *numbers))
-        ALONE(loop.address)(given.buffer_info()[0])
+        given = array("q", (*ALONE, *numbers))
+        CALL(loop.address)(given.buffer_info()[0])
 
 
 def bits(*factors: float) -> tuple[int, ...]:

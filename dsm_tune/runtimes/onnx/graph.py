@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import onnx
 
-from dsm_tune.merging.backbone import Projections
 from dsm_tune.merging.blocks import random_feature
+from dsm_tune.merging.halves import Projections
 from dsm_tune.plan import Matching, MergePlan, Step
 from dsm_tune.runtimes.onnx import steps
 from dsm_tune.runtimes.onnx.joining import length

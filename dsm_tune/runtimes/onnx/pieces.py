@@ -16,7 +16,7 @@ from onnx_ir.passes import common
 from onnxscript import opset20 as op
 from torch import Tensor, nn
 
-from dsm_tune.merging import backbone
+from dsm_tune.merging import backbone, halves
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.merging.merged import merged_view
 from dsm_tune.plan import Geometry, MergePlan, Step
@@ -47,11 +47,11 @@ class Pieces:
 
     def attend(
         self, g: Builder, index: int, x: Value, log_size: Value
-    ) -> tuple[Value, backbone.Projections, Value]:
+    ) -> tuple[Value, halves.Projections, Value]:
         """The attention half of a block, its projections, and its shares: [B, H, N, N]."""
         part = _Attention(self.model.blocks[index])
         x, q, k, v, shares = self._put(g, f"blocks.{index}", part, *self._given(x, log_size))
-        return x, backbone.Projections(q, k, v, part.block.attn.scale), shares
+        return x, halves.Projections(q, k, v, part.block.attn.scale), shares
 
     def feed_forward(self, g: Builder, index: int, x: Value) -> Value:
         """The MLP half of a block."""
@@ -109,9 +109,9 @@ class _Attention(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor, log_size: Tensor | None = None) -> tuple[Tensor, ...]:
-        parts = backbone.project(self.block, x)
+        parts = halves.project(self.block, x)
         bias = None if log_size is None else log_size.unsqueeze(1).transpose(2, 3)
-        x = x + backbone.attention_output(self.block, parts, bias)
+        x = x + halves.attention_output(self.block, parts, bias)
         return x, parts.q, parts.k, parts.v
 
 
@@ -121,7 +121,7 @@ class _FeedForward(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
-        return backbone.feed_forward(self.block, x)
+        return halves.feed_forward(self.block, x)
 
 
 class _PrefixBlock(nn.Module):
@@ -130,8 +130,8 @@ class _PrefixBlock(nn.Module):
         self.block, self.prefix = block, prefix
 
     def forward(self, x: Tensor, log_size: Tensor | None = None) -> Tensor:
-        x = backbone.attend_prefix(self.block, x, log_size, self.prefix)
-        return backbone.feed_forward(self.block, x)
+        x = halves.attend_prefix(self.block, x, log_size, self.prefix)
+        return halves.feed_forward(self.block, x)
 
 
 class _Head(nn.Module):

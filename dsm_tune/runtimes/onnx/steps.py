@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dsm_tune.merging.backbone import Projections
+from dsm_tune.merging.halves import Projections
 from dsm_tune.merging.scores import LEAST_SHARE
 from dsm_tune.plan import Matching
 from dsm_tune.runtimes.onnx.edges import edges, unit

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsm_tune.merging import joining, loops, matching, on_cpu, scores
-from dsm_tune.merging.backbone import Norm, Projections
+from dsm_tune.merging.halves import Projections
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.merging.loops import team
 from dsm_tune.plan import Matching, Step
@@ -36,7 +36,6 @@ class Merge(NamedTuple):
         step: at least one token leaves.
         options: of the plan.
         prefix: p.
-        mlp_norm: what the tokens go through next, or ``None``.
     """
 
     tokens: Tokens
@@ -46,17 +45,16 @@ class Merge(NamedTuple):
     step: Step
     options: Matching
     prefix: int
-    mlp_norm: Norm | None = None
 
 
 def merged_tokens(merge: Merge) -> Tokens:
-    """Match and merge: N - r tokens; the loop also takes logarithms of sizes and the norm."""
+    """Match and merge: N - r tokens; the loop also takes logarithms of sizes."""
     return _by_loop(merge) if suits(merge.tokens.x) else by_operators(merge)
 
 
 def by_operators(merge: Merge) -> Tokens:
     """The same by the tensor functions."""
-    tokens, feature, parts, log_size, step, options, prefix, _ = merge
+    tokens, feature, parts, log_size, step, options, prefix = merge
     pairs = matching.similarity(on_cpu.mean_over_heads(feature), prefix)
     if options.size_penalty and tokens.size is not None:
         pairs = pairs - scores.size_penalty(tokens.size, prefix, options.size_penalty)
@@ -81,7 +79,7 @@ def by_operators(merge: Merge) -> Tokens:
 
 
 def _by_loop(merge: Merge) -> Tokens:
-    tokens, feature, parts, log_size, step, options, prefix, mlp_norm = merge
+    tokens, feature, parts, log_size, step, options, prefix = merge
     # What is called here stands between a step and its work: a forward of one image feels it.
     (batch, count, channels), loop, r = tokens.x.shape, loops.module_of("step"), step.r
     even, odd = matching.first_positions(prefix)
@@ -94,37 +92,31 @@ def _by_loop(merge: Merge) -> Tokens:
     elif options.needs_attention:
         received = scores.attention_to(options.attention, parts, log_size)
     size, new_log_size = tokens.x.new_empty(2, batch, left).unbind()
-    place = order = destination = normed = weight = bias = None
-    epsilon = 0.0
-    if mlp_norm is None:
-        x = tokens.x.new_empty(batch, left, channels)
-    else:
-        x, normed = tokens.x.new_empty(2, batch, left, channels).unbind()
-        weight, bias, epsilon = mlp_norm
+    place = order = destination = None
+    x = tokens.x.new_empty(batch, left, channels)
     if tokens.place is not None:
         place = tokens.x.new_empty(batch, left, 2)
     if tokens.origin is not None:
         order = torch.empty(batch, evens, dtype=torch.int64)
         destination = torch.empty(batch, r, dtype=torch.int64)
-    given = [log_size, received, tokens.x, tokens.size, tokens.place, weight, bias]
+    given = [log_size, received, tokens.x, tokens.size, tokens.place]
     given = [None if one is None else one.contiguous() for one in given]
     team.run(
         loop.step, batch, count, channels, *_side_by_side(feature), *_side_by_side(key),
         evens, odds, r, prefix, even, odd, step.window or 0, options.quota == "equal",
         loop.NORMS[options.norm], options.position == "centroid",
         *team.bits(
-            options.size_penalty, options.salience, options.attention_weight, parts.scale,
-            epsilon,
+            options.size_penalty, options.salience, options.attention_weight, parts.scale
         ),
         *map(team.address_of, (feature, query, key, *given)),
-        *map(team.address_of, (x, size, new_log_size, place, normed, order, destination)),
+        *map(team.address_of, (x, size, new_log_size, place, order, destination)),
         shares=batch,
     )  # fmt: skip
     origin = tokens.origin
     if order is not None and destination is not None and origin is not None:
         choice = matching.Choice(order, destination)
         origin = joining.follow(origin, joining.positions(choice, count, prefix))
-    return Tokens(x, size, place, origin, new_log_size, normed)
+    return Tokens(x, size, place, origin, new_log_size)
 
 
 def _side_by_side(x: Tensor) -> tuple[int, ...]:

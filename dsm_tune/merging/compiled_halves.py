@@ -47,13 +47,10 @@ def attend(
     loop, (batch, count, width) = _loop_for(x), x.shape
     own = block._modules
     attn: Any = own["attn"]
-    inner, heads, dropout = attn._modules, attn.num_heads, attn.attn_drop.p if attn.training else 0
-    if (
-        loop is None
-        or dropout
-        or min(count, width // heads) < loop.LEAST_SIDE
-        or width % loop.EVERY
-    ):
+    inner, heads, drops = attn._modules, attn.num_heads, attn.training and attn.attn_drop.p
+    if loop is None or drops or width % loop.EVERY:
+        return None
+    if min(count, width // heads) < loop.LEAST_SIDE:
         return None
     try:
         _check_idle(inner["q_norm"], inner["k_norm"], inner["norm"], inner["proj_drop"])
@@ -70,9 +67,10 @@ def attend(
     result, out = x.new_empty(2, batch, count, width).unbind()
     first, strides = qkv.data_ptr(), (12 * count * width, 4 * d, 12 * width)
     team.run(
-        loop.attend, x.data_ptr(), batch * count, width, *norm, batch, heads, count, count, d,
-        first, *strides, first + 4 * width, *strides, first + 8 * width, *strides,
-        bias, *team.bits(attn.scale), result.data_ptr(), first, *layers, gain, out.data_ptr(),
+        loop.attention_half, x.data_ptr(), batch * count, width, *norm,
+        batch, heads, count, count, d, first, *strides, first + 4 * width, *strides,
+        first + 8 * width, *strides, bias, *team.bits(attn.scale), result.data_ptr(),
+        first, *layers, gain, out.data_ptr(),
         shares=batch * count,
     )  # fmt: skip
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
@@ -100,7 +98,7 @@ def feed_forward(block: Block, x: Tensor) -> Tensor | None:
     x = x.contiguous()
     out = torch.empty_like(x)
     team.run(
-        loop.feed_forward, x.data_ptr(), x.shape[0] * x.shape[1], width, *norm, hidden, *layers,
+        loop.mlp_half, x.data_ptr(), x.shape[0] * x.shape[1], width, *norm, hidden, *layers,
         gain, out.data_ptr(),
         shares=x.shape[0] * x.shape[1],
     )  # fmt: skip
@@ -110,7 +108,8 @@ def feed_forward(block: Block, x: Tensor) -> Tensor | None:
 def _loop_for(x: Tensor) -> Any:
     """The module of the loops, where they may be used and pay."""
     loop = loops.module_of("halves") if on_cpu.suits(x) else None
-    return loop if loop is not None and loop.PAYS else None
+    pays = loop is not None and loop.PAYS and x.shape[2] <= loop.WIDEST
+    return loop if pays else None
 
 
 def _check_idle(*modules: Any) -> None:

@@ -4,7 +4,7 @@ For dense as it is, dense by the operators of merged models, a plan, and the pla
 cost nothing, one table: multiply-adds at the rate of a large matrix product, bytes that torch's own
 operators would read and write at the rate of a copy, calls at the time of the smallest one, each
 measured here; their sum, what the forward takes, and the share of the time that goes to each kind
-of call. Needs torch and timm alone.
+of call: halves of blocks that are one loop, and operators. Needs torch and timm alone.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from dsm_tune.merging import on_cpu
 from dsm_tune.merging.loops import team
 
 KINDS = {
+    "halves": ("attention_half", "mlp_half"),
     "products": ("mkldnn", "addmm", "bmm", "mm", "baddbmm", "convolution", "linear"),
     "steps": ("step",),
     "attention": ("attend", "scaled_dot", "flash", "efficient"),

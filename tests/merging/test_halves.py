@@ -23,7 +23,7 @@ from dsm_tune.merging import loops
 from dsm_tune.merging.halves import attend, feed_forward
 
 pytest.importorskip("numba", reason="without numba, operators do what a half does")
-from dsm_tune.merging.loops.halves import DEEP, EVERY, LEAST_SIDE, PANEL, PAYS
+from dsm_tune.merging.loops.halves import DEEP, EVERY, LEAST_SIDE, PANEL, PAYS, WIDEST
 
 seeds = st.integers(0, 9999)
 needs_lanes = pytest.mark.skipif(not PAYS, reason="the loops are for AVX2 and AVX-512")
@@ -253,8 +253,9 @@ def test_a_half_that_is_more_than_its_numbers_is_composed_of_its_modules(name: s
         (a_block(width=WIDE + 2), drawn(1, 2, 20, WIDE + 2)),
         (a_block(width=EVERY, heads=EVERY // 2), drawn(1, 2, 20, EVERY)),
         (a_block(), drawn(1, 2, LEAST_SIDE - 1, WIDE)),
+        (a_block(WIDEST + EVERY), drawn(1, 1, 10, WIDEST + EVERY)),
     ],
-    ids=["odd width", "narrow heads", "few tokens"],
+    ids=["odd width", "narrow heads", "few tokens", "wide"],
 )
 @torch.no_grad()
 def test_sizes_that_a_loop_cannot_do_are_torch_s(block: Block, x: Tensor) -> None:

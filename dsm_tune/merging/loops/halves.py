@@ -24,9 +24,19 @@ from dsm_tune.merging.loops.machine import (
     wait_for_all,
 )
 
-__all__ = ["ATTEND", "EVERY", "FEED_FORWARD", "LEAST_SIDE", "PAYS", "attend", "feed_forward"]
+__all__ = [
+    "ATTENTION_HALF",
+    "EVERY",
+    "LEAST_SIDE",
+    "MLP_HALF",
+    "PAYS",
+    "WIDEST",
+    "attention_half",
+    "mlp_half",
+]
 
 EVERY = REGISTER  # widths that a loop can do are multiples of it
+WIDEST = 512  # channels; where there are more, oneDNN's products were measured to be quicker
 LEAST_SIDE, PAYS = attention.LEAST_SIDE, attention.PAYS
 
 PANEL = 128  # tokens at a time, at most: their hidden numbers are to stay in the second cache
@@ -36,13 +46,13 @@ LINE = 64  # bytes; a register that crosses the line between two of a cache take
 
 # What the loops are given, in order: the scale and epsilon in float64, all else in int64.
 NORM = ("x", "rows", "channels", "norm_weight", "norm_bias", "epsilon")  # x, out: [rows, channels]
-ATTEND = (
+ATTENTION_HALF = (
     *NORM,
     *attention.GIVEN,
     *("qkv", "qkv_weight", "qkv_bias"),  # addresses of what is filled in; of [3C, C]; of [3C], or 0
     *("output_weight", "output_bias", "gain", "out"),  # of [C, C]; of [C], or 0 (two)
 )
-FEED_FORWARD = (
+MLP_HALF = (
     *NORM,
     *("hidden", "hidden_weight", "hidden_bias"),
     *("output_weight", "output_bias", "gain", "out"),
@@ -136,12 +146,12 @@ def _own_rows(given: Any) -> Any:
     return first, last, -(several // -(panels * DOWN)) * DOWN
 
 
-@loop(ATTEND, ("scale", "epsilon"))
-def attend(given: Any) -> None:
+@loop(ATTENTION_HALF, ("scale", "epsilon"))
+def attention_half(given: Any) -> None:
     """The attention half of a block.
 
     Args:
-        given: all of :data:`ATTEND`.
+        given: all of :data:`ATTENTION_HALF`.
     """
     one = carray(given, 1)[0]
     width, (first, last, panel) = one.channels, _own_rows(one)
@@ -161,12 +171,12 @@ def attend(given: Any) -> None:
         _add_to_x(one, i, rows)
 
 
-@loop(FEED_FORWARD, ("epsilon",))
-def feed_forward(given: Any) -> None:
+@loop(MLP_HALF, ("epsilon",))
+def mlp_half(given: Any) -> None:
     """The MLP half of a block.
 
     Args:
-        given: all of :data:`FEED_FORWARD`.
+        given: all of :data:`MLP_HALF`.
     """
     one = carray(given, 1)[0]
     width, hidden, (first, last, panel) = one.channels, one.hidden, _own_rows(one)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,15 +83,16 @@ class MergedBlocks(nn.Sequential):
             return Tokens(halves.feed_forward(block, x))
         if step is None and log_size is None:
             return tokens.having(block(tokens.x) if self.is_dense else halves.run(block, tokens.x))
-        tokens = self._attend(tokens, index, log_size)
+        tokens = self._attend(block, step, tokens, log_size)
         return tokens.having(halves.feed_forward(block, tokens.x))
 
-    def _attend(self, tokens: Tokens, index: int, log_size: Tensor | None) -> Tokens:
+    def _attend(
+        self, block: Any, step: Step | None, tokens: Tokens, log_size: Tensor | None
+    ) -> Tokens:
         """The attention half of a block, and its step.
 
         What they needed is free when it returns: the MLP half finds that memory in the caches.
         """
-        block, step = self[index], self.steps.get(index)
         x, parts = halves.attend(block, tokens.x, log_size)
         tokens = tokens.having(x)
         if step is None:
@@ -116,7 +116,7 @@ class MergedBlocks(nn.Sequential):
         """
         options, prefix = self.plan.matching, self.plan.geometry.prefix
         if step.block <= self.last_local and tokens.place is None:
-            tokens = dataclasses.replace(tokens, place=self._places(tokens.x))
+            tokens = tokens._replace(place=self._places(tokens.x))
         if step.kind == "merge":
             return self._merge(tokens, step, parts, log_size)
         worth = scores.worth_of(
@@ -152,7 +152,7 @@ class MergedBlocks(nn.Sequential):
         )
         if result.place is None or step.block < self.last_local:
             return result
-        return dataclasses.replace(result, place=None)
+        return result._replace(place=None)
 
     def _places(self, x: Tensor) -> Tensor:
         """Row and column of every token before the first one leaves: [B, N, 2]; prefix: 0, 0."""

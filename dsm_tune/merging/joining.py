@@ -7,6 +7,7 @@ gives the same bits twice.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ from dsm_tune.merging.matching import Choice, first_positions, halves
 __all__ = ["Tokens", "follow", "merge", "positions", "rows_at"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """The tokens between two blocks and what is known of them.
 
     Attributes:

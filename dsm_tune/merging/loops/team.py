@@ -7,6 +7,7 @@ fight them for the cores.
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from array import array
 from typing import Any
@@ -59,6 +60,7 @@ def run(loop: Any, *numbers: int, shares: int) -> None:
         CALL(loop.address)(given.buffer_info()[0])
 
 
+@functools.lru_cache(maxsize=256)
 def bits(*factors: float) -> tuple[int, ...]:
     """Of float64 numbers, as int64: as a loop is given them."""
     return struct.unpack(f"{len(factors)}q", struct.pack(f"{len(factors)}d", *factors))

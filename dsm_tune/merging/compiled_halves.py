@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 from timm.layers.drop import DropPath
-from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
 from timm.layers.norm import LayerNorm
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
 from dsm_tune.merging import loops, on_cpu
 from dsm_tune.merging.loops import team
 from dsm_tune.merging.on_cpu import is_watched
 
-__all__ = ["attend", "feed_forward"]
+__all__ = ["WIDEST", "attend", "feed_forward"]
 
+WIDEST = 512  # channels; where there are more, oneDNN's products were measured to be quicker
 NORMS, DROPS, STORED = (nn.LayerNorm, LayerNorm), (nn.Dropout, DropPath), (nn.Parameter, Tensor)
 
 
@@ -38,19 +38,18 @@ def attend(
     Args:
         block: of a model that ``backbone.read_geometry`` accepts.
         x: [B, N, C].
-        log_size: [B, N], added to the attention logits of each key, or ``None``.
+        log_size: [B, N] float32, added to the attention logits of each key, or ``None``.
 
     Returns:
-        [B, N, C]; queries, keys and values, [B, H, N, d] each.
+        [B, N, C]; queries, keys and values, [B, H, N, d] each. ``None`` if no loop can do it.
     """
     # What is called here stands between a half and its work: a forward of one image feels it.
-    loop, (batch, count, width) = _loop_for(x), x.shape
-    own = block._modules
+    loop, (batch, count, width), own = _loop_for(x), x.shape, block._modules
     attn: Any = own["attn"]
-    inner, heads, drops = attn._modules, attn.num_heads, attn.training and attn.attn_drop.p
-    if loop is None or drops or width % loop.EVERY:
+    inner, heads, d = attn._modules, attn.num_heads, attn.head_dim
+    if loop is None or heads * d != width or min(count, d) < loop.LEAST_SIDE:
         return None
-    if min(count, width // heads) < loop.LEAST_SIDE:
+    if attn.training and attn.attn_drop.p:
         return None
     try:
         _check_idle(inner["q_norm"], inner["k_norm"], inner["norm"], inner["proj_drop"])
@@ -58,19 +57,18 @@ def attend(
         norm = _norm(own["norm1"], width)
         layers = *_linear(inner["qkv"], 3 * width, width), *_linear(inner["proj"], width, width)
         gain = _gain(own["ls1"], width)
-        log_size = None if log_size is None else log_size.contiguous()
-        bias = _address(log_size, batch, count)
+        bias = None if log_size is None else _checked(log_size.contiguous(), batch, count)
     except _OtherError:
         return None
-    x, d = x.contiguous(), width // heads
-    qkv = x.new_empty(batch, count, 3, heads, d)
-    result, out = x.new_empty(2, batch, count, width).unbind()
+    x, qkv = x.contiguous(), x.new_empty(batch, count, 3, heads, d)
+    result, out = x.new_empty(batch, count, width), x.new_empty(batch, count, width)
     first, strides = qkv.data_ptr(), (12 * count * width, 4 * d, 12 * width)
     team.run(
-        loop.attention_half, x.data_ptr(), batch * count, width, *norm,
+        loop.attention_half, x.data_ptr(), batch * count, width,
+        *map(team.address_of, norm), *team.bits(own["norm1"].eps),
         batch, heads, count, count, d, first, *strides, first + 4 * width, *strides,
-        first + 8 * width, *strides, bias, *team.bits(attn.scale), result.data_ptr(),
-        first, *layers, gain, out.data_ptr(),
+        first + 8 * width, *strides, team.address_of(bias), *team.bits(float(attn.scale)),
+        result.data_ptr(), first, *map(team.address_of, (*layers, gain, out)),
         shares=batch * count,
     )  # fmt: skip
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
@@ -78,15 +76,15 @@ def attend(
 
 
 def feed_forward(block: Block, x: Tensor) -> Tensor | None:
-    """The MLP half of a block, [B, N, C] to [B, N, C], if a loop can do it."""
+    """The MLP half of a block, [B, N, C] to [B, N, C]; ``None`` if no loop can do it."""
     loop, width, own = _loop_for(x), x.shape[2], block._modules
     mlp: Any = own["mlp"]
-    if loop is None or type(mlp) is not Mlp or width % loop.EVERY:
+    if loop is None or type(mlp) is not Mlp or is_watched(mlp):
         return None
     inner = mlp._modules
     hidden, act = getattr(inner["fc1"], "out_features", 0), inner["act"]
-    exact = type(act) is nn.GELU and act.approximate == "none" and not is_watched(act)
-    if not exact or hidden % loop.EVERY:
+    is_erf = type(act) is nn.GELU and act.approximate == "none" and not is_watched(act)
+    if not is_erf or not hidden or hidden % loop.EVERY:
         return None
     try:
         _check_idle(inner["drop1"], inner["norm"], inner["drop2"], own["drop_path2"])
@@ -96,20 +94,24 @@ def feed_forward(block: Block, x: Tensor) -> Tensor | None:
     except _OtherError:
         return None
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out, rows = torch.empty_like(x), x.shape[0] * x.shape[1]
     team.run(
-        loop.mlp_half, x.data_ptr(), x.shape[0] * x.shape[1], width, *norm, hidden, *layers,
-        gain, out.data_ptr(),
-        shares=x.shape[0] * x.shape[1],
+        loop.mlp_half, x.data_ptr(), rows, width,
+        *map(team.address_of, norm), *team.bits(own["norm2"].eps),
+        hidden, *map(team.address_of, (*layers, gain, out)),
+        shares=rows,
     )  # fmt: skip
     return out
 
 
 def _loop_for(x: Tensor) -> Any:
-    """The module of the loops, where they may be used and pay."""
-    loop = loops.module_of("halves") if on_cpu.suits(x) else None
-    pays = loop is not None and loop.PAYS and x.shape[2] <= loop.WIDEST
-    return loop if pays else None
+    """The module of the loops, where they may be used and pay; to import it compiles them."""
+    if x.shape[2] > WIDEST or not on_cpu.suits(x):
+        return None
+    lanes = loops.module_of("lanes")
+    if lanes is None or not lanes.PAYS or x.shape[2] % lanes.REGISTER:
+        return None
+    return loops.module_of("halves")
 
 
 def _check_idle(*modules: Any) -> None:
@@ -121,36 +123,40 @@ def _check_idle(*modules: Any) -> None:
             raise _OtherError
 
 
-def _norm(norm: Any, width: int) -> tuple[int, ...]:
+def _norm(norm: Any, width: int) -> tuple[Tensor, Tensor]:
     if type(norm) not in NORMS or is_watched(norm):
         raise _OtherError
-    numbers = norm._parameters
-    weight, bias = _address(numbers["weight"], width), _address(numbers["bias"], width)
-    if not (weight and bias):
-        raise _OtherError
-    return weight, bias, *team.bits(norm.eps)
+    return _stored(norm, "weight", width), _stored(norm, "bias", width)
 
 
-def _linear(layer: Any, several: int, width: int) -> tuple[int, int]:
+def _linear(layer: Any, several: int, width: int) -> tuple[Tensor, Tensor | None]:
     if type(layer) is not nn.Linear or is_watched(layer):
         raise _OtherError
-    numbers = layer._parameters
-    return _address(numbers["weight"], several, width), _address(numbers["bias"], several)
+    weight, has_bias = _stored(layer, "weight", several, width), layer.bias is not None
+    return weight, _stored(layer, "bias", several) if has_bias else None
 
 
-def _gain(scale: Any, width: int) -> int:
+def _gain(scale: Any, width: int) -> Tensor | None:
     if type(scale) is nn.Identity and not is_watched(scale):
-        return 0
-    if type(scale) is not LayerScale or scale.inplace or is_watched(scale):
+        return None
+    if type(scale) is not LayerScale or is_watched(scale):
         raise _OtherError
-    return _address(scale.gamma, width)
+    return _stored(scale, "gamma", width)
 
 
-def _address(numbers: Tensor | None, *shape: int) -> int:
-    """Where contiguous numbers are that have this shape, in float32; 0 for none."""
-    if numbers is None:
-        return 0
-    stored = type(numbers) in STORED and numbers.is_cpu and numbers.dtype is torch.float32
-    if not stored or numbers.shape != shape or not numbers.is_contiguous():
+def _stored(module: Any, name: str, *shape: int) -> Tensor:
+    """A parameter of a module, as a loop reads it."""
+    return _checked(module._parameters.get(name), *shape)
+
+
+def _checked(numbers: Tensor | None, *shape: int) -> Tensor:
+    """Numbers of this shape, contiguous in float32 on a CPU."""
+    if numbers is None or type(numbers) not in STORED:
         raise _OtherError
-    return numbers.data_ptr()
+    if not numbers.is_cpu or numbers.dtype is not torch.float32:
+        raise _OtherError
+    if numbers.shape != shape or not numbers.is_contiguous():
+        raise _OtherError
+    if not numbers.data_ptr() and numbers.numel():  # its memory was given back
+        raise _OtherError
+    return numbers

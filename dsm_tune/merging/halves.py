@@ -37,7 +37,7 @@ class Projections(NamedTuple):
 
 def run(block: Block, x: Tensor) -> Tensor:
     """A block in which nothing merges: [B, N, C] to the same."""
-    if not suits(x) or is_watched(block):
+    if not suits(x) or is_watched(block) or is_watched(block.attn):
         result: Tensor = block(x)
         return result
     return feed_forward(block, attend(block, x, None)[0])
@@ -123,7 +123,7 @@ def feed_forward(block: Block, x: Tensor) -> Tensor:
     if quick is not None:
         return quick
     mlp, normed = block.mlp, block.norm2(x)
-    if type(mlp) is Mlp:
+    if type(mlp) is Mlp and not is_watched(mlp):
         hidden = _through(mlp.norm, _through(mlp.drop1, linear_gelu(mlp.fc1, mlp.act, normed)))
         mixed = _through(mlp.drop2, linear(mlp.fc2, hidden))
     else:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as every_module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dsm_tune.merging import loops
@@ -102,7 +103,9 @@ def _is_plain(layer: Any) -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody is told when a module runs: then it is to be called, not what it does."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    of_all = every_module._global_forward_hooks or every_module._global_forward_pre_hooks
+    return bool(hooks or of_all or "forward" in module.__dict__)
 
 
 def attention(
@@ -124,7 +127,8 @@ def attention(
         bias: [B, 1, 1, N], added to the logits of each key, or ``None``.
         dropout: chance of a weight to be left out.
     """
-    loop = loops.module_of("attention") if suits(q) and not dropout else None
+    lanes = loops.module_of("lanes") if suits(q) and not dropout else None
+    loop = loops.module_of("attention") if lanes is not None and lanes.PAYS else None
     if loop is None or not _can_attend(loop, q, k, v, bias):
         found = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
         return found.transpose(1, 2).flatten(2)
@@ -145,8 +149,7 @@ def _can_attend(loop: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None)
     """Whether a loop finds in memory what it is told is there, and pays."""
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
     return (
-        loop.PAYS
-        and queries >= LEAST_QUERIES
+        queries >= LEAST_QUERIES
         and min(keys, width) >= loop.LEAST_SIDE
         and k.shape == v.shape == (batch, heads, keys, width)
         and k.dtype is v.dtype is q.dtype

@@ -25,7 +25,8 @@ from dsm_tune.merging import loops, on_cpu
 from dsm_tune.merging.halves import attend
 
 pytest.importorskip("numba", reason="without numba, torch's operator attends")
-from dsm_tune.merging.loops.attention import LEAST_SIDE, PAYS
+from dsm_tune.merging.loops.attention import LEAST_SIDE
+from dsm_tune.merging.loops.lanes import PAYS
 
 seeds = st.integers(0, 9999)
 needs_lanes = pytest.mark.skipif(not PAYS, reason="the loop is for AVX2 and AVX-512")
@@ -217,8 +218,8 @@ from llvmlite import binding
 features = binding.targets.FeatureMap({"avx": True, "avx2": True, "fma": True})
 binding.get_host_cpu_features = lambda: features
 from dsm_tune.merging import on_cpu
-from dsm_tune.merging.loops.attention import LEAST_SIDE, PAYS
-from dsm_tune.merging.loops.lanes import LANES
+from dsm_tune.merging.loops.attention import LEAST_SIDE
+from dsm_tune.merging.loops.lanes import LANES, PAYS
 assert (LANES, LEAST_SIDE, PAYS) == (16, 6, True)
 with torch.no_grad():
     for keys, queries, width in [(6, 8, 6), (7, 17, 11), (197, 33, 64), (50, 50, 16)]:

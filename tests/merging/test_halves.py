@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,10 +20,13 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from dsm_tune.merging import loops
+from dsm_tune.merging.compiled_halves import WIDEST
 from dsm_tune.merging.halves import attend, feed_forward
+from dsm_tune.merging.loops import team
 
 pytest.importorskip("numba", reason="without numba, operators do what a half does")
-from dsm_tune.merging.loops.halves import DEEP, EVERY, LEAST_SIDE, PANEL, PAYS, WIDEST
+from dsm_tune.merging.loops.halves import DEEP, EVERY, LEAST_SIDE, PANEL
+from dsm_tune.merging.loops.lanes import PAYS
 
 seeds = st.integers(0, 9999)
 needs_lanes = pytest.mark.skipif(not PAYS, reason="the loops are for AVX2 and AVX-512")
@@ -58,17 +61,20 @@ def by_loops(block: Block, x: Tensor, log_size: Tensor | None = None) -> tuple[T
 @torch.no_grad()
 @given(
     seed=seeds, batch=st.integers(1, 3), count=st.integers(LEAST_SIDE, 90),
-    width=st.sampled_from([EVERY, WIDE, 5 * EVERY]), heads=st.sampled_from([1, 2]),
+    width=st.sampled_from([2 * EVERY, WIDE, 5 * EVERY]), heads=st.sampled_from([1, 2]),
     hidden=st.sampled_from([EVERY, 4 * EVERY, DEEP, DEEP + EVERY, 3 * DEEP + 5 * EVERY]),
-    has_bias=st.booleans(), has_gain=st.booleans(), is_sized=st.booleans(),
-    spread=st.sampled_from([0.1, 1.0, 30.0]), stride=st.integers(1, 2),
+    biases=st.sampled_from(["all", "none of qkv", "of norms alone"]), has_gain=st.booleans(),
+    is_sized=st.booleans(), spread=st.sampled_from([0.1, 1.0, 30.0]), stride=st.integers(1, 2),
 )  # fmt: skip
 def test_they_are_timm_s_modules_but_for_rounding(
-    seed: int, batch: int, count: int, width: int, heads: int, hidden: int, has_bias: bool,
+    seed: int, batch: int, count: int, width: int, heads: int, hidden: int, biases: str,
     has_gain: bool, is_sized: bool, spread: float, stride: int,
 ) -> None:  # fmt: skip
     gain = {"init_values": 0.5} if has_gain else {}
-    block = a_block(width, heads, seed, mlp_ratio=hidden / width, qkv_bias=has_bias, **gain)
+    qkv_bias = biases == "all"
+    block = a_block(width, heads, seed, mlp_ratio=hidden / width, qkv_bias=qkv_bias, **gain)
+    for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        layer.bias = None if biases == "of norms alone" else layer.bias
     assert block.mlp.fc1.out_features == hidden
     x = spread * drawn(seed + 50, batch, count * stride, width)[:, ::stride]
     log_size = drawn(seed + 51, batch, 2 * count)[:, ::2] if is_sized else None
@@ -94,19 +100,21 @@ def test_queries_keys_and_values_are_those_that_a_step_compares() -> None:
 
 @needs_lanes
 @torch.no_grad()
-def test_gelu_is_the_exact_one_from_end_to_end() -> None:
+def test_gelu_is_the_one_by_erf_from_end_to_end() -> None:
     block = a_block(EVERY, 1, mlp_ratio=1.0)
     block.norm2.weight.zero_()
     block.norm2.bias.fill_(1.0)
     numbers = torch.linspace(-12, 12, 200 * EVERY).reshape(200, EVERY)
     block.mlp.fc2.weight.copy_(torch.eye(EVERY))
     block.mlp.fc2.bias.zero_()
-    for row in numbers:  # norms give 1, so that a layer tells numbers by its biases
+    ends = torch.tensor([1e38, -1e38, 1e19, -1e19, 1e-38, -1e-38, 0.0, -0.0])
+    for row in (*numbers, ends.repeat(EVERY // 8)):
+        # Norms give 1, and a layer tells numbers by its biases.
         block.mlp.fc1.weight.zero_()
         block.mlp.fc1.bias.copy_(row)
         found = feed_forward(block, torch.zeros(1, 1, EVERY))[0, 0].double()
         right = nn.functional.gelu(row.double())
-        assert (found - right).abs().max() < 4e-7
+        torch.testing.assert_close(found, right, atol=4e-7, rtol=1e-7)
 
 
 @needs_lanes
@@ -133,7 +141,8 @@ def test_more_tokens_than_a_panel_holds_and_fewer_than_threads_are_done() -> Non
                 found = by_loops(block, x)
             right = by_modules(block, x, None)
             torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
-    assert feed_forward(block, drawn(4, 2, 1, WIDE)).shape == (2, 1, WIDE)
+    few = drawn(4, 2, 1, WIDE)
+    torch.testing.assert_close(feed_forward(block, few), by_modules(block, few, None)[1])
     assert attend(block, drawn(4, 0, 20, WIDE), None)[0].shape == (0, 20, WIDE)
     assert feed_forward(block, drawn(4, 0, 20, WIDE)).shape == (0, 20, WIDE)
 
@@ -166,6 +175,31 @@ class Adapted(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + 1
+
+
+def scale_by_two(block: Block) -> None:
+    """As some libraries wrap modules: without a hook."""
+    usual = block.norm2.forward
+    block.norm2.forward = lambda x: 2 * usual(x)
+
+
+def as_buffer(name: str) -> Callable[[Block], None]:
+    """Let a weight be no parameter."""
+
+    def change(block: Block) -> None:
+        layer = block.get_submodule(name)
+        weight = layer.weight.detach()
+        del layer.weight
+        layer.register_buffer("weight", weight)
+
+    return change
+
+
+def gain_of(block: Block) -> nn.Module:
+    """A LayerScale that is watched."""
+    scale = a_block(init_values=0.5).ls1
+    scale.register_forward_hook(lambda _, __, out: out + 1)
+    return scale
 
 
 def adapt(layer: nn.Linear) -> nn.Linear:
@@ -213,6 +247,8 @@ OTHER_ATTENTION: Changes = {
     "a norm of keys": put("attn.k_norm", lambda _: nn.LayerNorm(WIDE // 2)),
     "a norm without numbers": put("norm1", lambda _: nn.LayerNorm(WIDE, elementwise_affine=False)),
     "a weight that lies the other way": turn("attn.proj"),
+    "a gain that is watched": put("ls1", gain_of),
+    "a weight that is a buffer": as_buffer("attn.qkv"),
 }  # fmt: skip
 OTHER_MLP: Changes = {
     **{
@@ -221,6 +257,9 @@ OTHER_MLP: Changes = {
                      "mlp.drop2", "ls2", "drop_path2")
     },
     "mlp.fc2 is given another input": watch("mlp.fc2", before=True),
+    "the MLP is watched": watch("mlp"),
+    "a norm with another forward": scale_by_two,
+    "a buffer as weight": as_buffer("mlp.fc1"),
     "an adapted fc2": put("mlp.fc2", adapt),
     "another norm": put("norm2", lambda _: RmsNorm(WIDE)),
     "a norm without bias": put("norm2", lambda _: nn.LayerNorm(WIDE, bias=False)),
@@ -248,19 +287,46 @@ def test_a_half_that_is_more_than_its_numbers_is_composed_of_its_modules(name: s
 
 @needs_lanes
 @pytest.mark.parametrize(
-    ("block", "x"),
+    ("block", "x", "loops_run"),
     [
-        (a_block(width=WIDE + 2), drawn(1, 2, 20, WIDE + 2)),
-        (a_block(width=EVERY, heads=EVERY // 2), drawn(1, 2, 20, EVERY)),
-        (a_block(), drawn(1, 2, LEAST_SIDE - 1, WIDE)),
-        (a_block(WIDEST + EVERY), drawn(1, 1, 10, WIDEST + EVERY)),
+        (a_block(WIDE + 2), drawn(1, 2, 20, WIDE + 2), 1),  # attention alone
+        (a_block(EVERY, EVERY // 2), drawn(1, 2, 20, EVERY), 1),  # the MLP half
+        (a_block(), drawn(1, 2, LEAST_SIDE - 1, WIDE), 1),
+        (a_block(mlp_ratio=1 + 1 / WIDE), drawn(1, 2, 20, WIDE), 1),  # the attention half
+        (a_block(WIDEST + EVERY), drawn(1, 1, 10, WIDEST + EVERY), 1),  # attention alone
     ],
-    ids=["odd width", "narrow heads", "few tokens", "wide"],
+    ids=["odd width", "narrow heads", "few tokens", "odd hidden width", "wide"],
 )
 @torch.no_grad()
-def test_sizes_that_a_loop_cannot_do_are_torch_s(block: Block, x: Tensor) -> None:
-    found = attend(block, x, None)[0], feed_forward(block, x)
+def test_sizes_that_a_loop_cannot_do_are_torch_s(block: Block, x: Tensor, loops_run: int) -> None:
+    with counted() as asked:
+        found = attend(block, x, None)[0], feed_forward(block, x)
+    assert asked == [loops_run]
     torch.testing.assert_close(found, by_modules(block, x, None), atol=1e-5, rtol=1e-5)
+
+
+@needs_lanes
+@torch.no_grad()
+def test_another_number_of_heads_than_the_block_was_made_for_is_refused_as_torch_refuses_it() -> (
+    None
+):
+    for heads in (4, 5):
+        block = a_block(heads=2)
+        block.attn.num_heads = heads
+        with pytest.raises(RuntimeError, match="shape"):
+            attend(block, drawn(1, 1, 20, WIDE), None)
+
+
+@needs_lanes
+@torch.no_grad()
+def test_a_hook_on_every_module_is_called() -> None:
+    block, x, called = a_block(), drawn(1, 1, 20, WIDE), []
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: called.append(1))
+    try:
+        feed_forward(block, x)
+    finally:
+        handle.remove()
+    assert len(called) > 4
 
 
 @needs_lanes
@@ -293,9 +359,13 @@ def test_shapes_that_do_not_fit_are_refused_as_torch_refuses_them() -> None:
 
 @torch.no_grad()
 def test_dropout_in_training_drops() -> None:
-    for name in ("attn.attn_drop", "attn.proj_drop", "mlp.drop1"):
-        block, x = copy.deepcopy(a_block()).train(), drawn(0, 1, 17, WIDE)
-        block.get_submodule(name).p = 0.5
+    for name in ("attn.attn_drop", "attn.proj_drop", "mlp.drop1", "mlp.drop2", "drop_path1"):
+        block, x = a_block(drop_path=0.5).train(), drawn(0, 9, 17, WIDE)
+        block.drop_path1.drop_prob = block.drop_path2.drop_prob = 0.0
+        if name == "drop_path1":
+            block.drop_path1.drop_prob = 0.5
+        else:
+            block.get_submodule(name).p = 0.5
 
         def both(block: Block = block, x: Tensor = x) -> Tensor:
             return feed_forward(block, attend(block, x, None)[0])
@@ -307,6 +377,39 @@ def test_dropout_in_training_drops() -> None:
         assert torch.equal(both(), first)
         block.eval()
         assert torch.equal(both(), both())
+
+
+@needs_lanes
+@torch.no_grad()
+def test_without_a_team_one_thread_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x = a_block(), drawn(1, 2, 20, WIDE)
+    with_team = by_loops(block, x)
+    monkeypatch.setattr(team, "START", None)
+    assert all(map(torch.equal, by_loops(block, x), with_team))
+
+
+def run_alone(code: str, **environment: str) -> str:
+    """What a process of its own prints, in which this file can be imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parent, env={**os.environ, **environment},
+    )  # fmt: skip
+    return done.stdout
+
+
+@needs_lanes
+def test_a_team_may_be_smaller_than_asked_for() -> None:
+    code = """
+import torch
+from test_halves import a_block, by_loops, by_modules, drawn, WIDE
+torch.set_num_threads(4)
+block, x = a_block(), drawn(0, 3, 50, WIDE)
+with torch.no_grad():
+    right = by_modules(block, x, None)
+    torch.testing.assert_close(by_loops(block, x), right, atol=1e-5, rtol=1e-5)
+print("same")
+"""
+    assert run_alone(code, OMP_THREAD_LIMIT="2") == "same\n"
 
 
 @torch.no_grad()
@@ -335,8 +438,4 @@ with torch.no_grad():
         torch.testing.assert_close(by_loops(block, x), right, atol=1e-5, rtol=1e-5)
 print("same")
 """
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here
-    )
-    assert done.stdout == "same\n"
+    assert run_alone(code) == "same\n"

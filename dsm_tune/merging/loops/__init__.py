@@ -14,7 +14,7 @@ __all__ = ["module_of"]
 
 @functools.cache
 def module_of(name: str) -> Any:
-    """The module of a loop, ``attention`` or ``step``; ``None`` where numba cannot be imported."""
+    """A module of this package, such as ``step``; ``None`` where numba cannot be imported."""
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:  # without a name, numba's: of a NumPy that it does not know

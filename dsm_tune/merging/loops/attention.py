@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from numba import carray  # type: ignore[attr-defined]
 
-from dsm_tune.merging.loops.lanes import LANES, REGISTER, ROWS, exponentials, products
+from dsm_tune.merging.loops.lanes import LANES, ROWS, exponentials, products
 from dsm_tune.merging.loops.machine import address_of, exact, loop, part, rows_of, share_of
 
-__all__ = ["GIVEN", "LEAST_SIDE", "PAYS", "attend", "attend_share"]
+__all__ = ["GIVEN", "LEAST_SIDE", "attend", "attend_share"]
 
 LEAST_SIDE = ROWS  # keys that there must be, and numbers of a head
-PAYS = REGISTER > 4  # with AVX-512, and with AVX2, it was measured to be quicker than torch's own
 
 # What the loop is given, in order: the scale in float64, all else in int64.
 GIVEN = (

@@ -29,15 +29,12 @@ __all__ = [
     "EVERY",
     "LEAST_SIDE",
     "MLP_HALF",
-    "PAYS",
-    "WIDEST",
     "attention_half",
     "mlp_half",
 ]
 
 EVERY = REGISTER  # widths that a loop can do are multiples of it
-WIDEST = 512  # channels; where there are more, oneDNN's products were measured to be quicker
-LEAST_SIDE, PAYS = attention.LEAST_SIDE, attention.PAYS
+LEAST_SIDE = attention.LEAST_SIDE  # tokens that there must be, and numbers of a head
 
 PANEL = 128  # tokens at a time, at most: their hidden numbers are to stay in the second cache
 DEEP = 384  # products that are summed before they are added to memory, at most

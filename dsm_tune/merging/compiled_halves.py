@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp
 from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block, LayerScale
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 
 from dsm_tune.merging import loops, on_cpu
 from dsm_tune.merging.loops import team
-from dsm_tune.merging.on_cpu import is_watched
+from dsm_tune.merging.on_cpu import is_idle, is_watched
 
 __all__ = ["WIDEST", "attend", "feed_forward"]
 
 WIDEST = 512  # channels; where there are more, oneDNN's products were measured to be quicker
-NORMS, DROPS, STORED = (nn.LayerNorm, LayerNorm), (nn.Dropout, DropPath), (nn.Parameter, Tensor)
+NORMS, STORED = (nn.LayerNorm, LayerNorm), (nn.Parameter, Tensor)
 
 
 class _OtherError(Exception):
@@ -116,11 +115,8 @@ def _loop_for(x: Tensor) -> Any:
 
 def _check_idle(*modules: Any) -> None:
     """That modules do nothing to what they are given."""
-    for module in modules:
-        kind = type(module)
-        idle = kind is nn.Identity or (kind in DROPS and not module.training)
-        if not idle or is_watched(module):
-            raise _OtherError
+    if not all(map(is_idle, modules)):
+        raise _OtherError
 
 
 def _norm(norm: Any, width: int) -> tuple[Tensor, Tensor]:

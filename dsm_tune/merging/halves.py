@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from timm.layers.drop import DropPath
 from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsm_tune.merging import compiled_halves
-from dsm_tune.merging.on_cpu import attention, is_watched, linear, linear_gelu, product, suits
+from dsm_tune.merging.on_cpu import (
+    attention,
+    is_idle,
+    is_watched,
+    linear,
+    linear_gelu,
+    product,
+    suits,
+)
 
 __all__ = [
     "Projections",
@@ -80,9 +87,7 @@ def _bias(parts: Projections, log_size: Tensor | None) -> Tensor | None:
 
 def _through(module: Any, x: Tensor) -> Tensor:
     """Apply a module, unless it does nothing: to call it takes as long as a small operator."""
-    kind = type(module)
-    idle = kind is nn.Identity or (kind in (nn.Dropout, DropPath) and not module.training)
-    result: Tensor = x if idle and not is_watched(module) else module(x)
+    result: Tensor = x if is_idle(module) else module(x)
     return result
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
@@ -21,6 +22,7 @@ from dsm_tune.merging.loops import team
 
 __all__ = [
     "attention",
+    "is_idle",
     "is_watched",
     "linear",
     "linear_gelu",
@@ -106,6 +108,13 @@ def is_watched(module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks
     of_all = every_module._global_forward_hooks or every_module._global_forward_pre_hooks
     return bool(hooks or of_all or "forward" in module.__dict__)
+
+
+def is_idle(module: nn.Module) -> bool:
+    """Whether a module hands on what it is given, and nobody is told."""
+    kind = type(module)
+    idle = kind is nn.Identity or (kind in (nn.Dropout, DropPath) and not module.training)
+    return idle and not is_watched(module)
 
 
 def attention(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsm_tune.errors import ModelError, PlanError
-from dsm_tune.merging import backbone, compiled_step, dropping, halves, scores
+from dsm_tune.merging import backbone, compiled_blocks, compiled_step, dropping, halves, scores
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.plan import MergePlan, Step
 
@@ -68,6 +68,9 @@ class MergedBlocks(nn.Sequential):
                 f"the plan is for {self.plan.geometry.tokens} tokens, "
                 f"but the model made {tokens.x.shape[1]} of this input"
             )
+        quick = None if self.is_dense else compiled_blocks.run(self, tokens, first)
+        if quick is not None:
+            tokens, first = quick
         for index in range(first, len(self)):
             tokens = self.run_block(tokens, index)
         return tokens
@@ -116,7 +119,7 @@ class MergedBlocks(nn.Sequential):
         """
         options, prefix = self.plan.matching, self.plan.geometry.prefix
         if step.block <= self.last_local and tokens.place is None:
-            tokens = tokens._replace(place=self._places(tokens.x))
+            tokens = tokens._replace(place=self.places(tokens.x))
         if step.kind == "merge":
             return self._merge(tokens, step, parts, log_size)
         worth = scores.worth_of(
@@ -154,7 +157,7 @@ class MergedBlocks(nn.Sequential):
             return result
         return result._replace(place=None)
 
-    def _places(self, x: Tensor) -> Tensor:
+    def places(self, x: Tensor) -> Tensor:
         """Row and column of every token before the first one leaves: [B, N, 2]; prefix: 0, 0."""
         rows, columns = self.plan.geometry.grid
         at = torch.arange(rows * columns, device=x.device)

@@ -7,7 +7,7 @@ those of :mod:`.loops.halves`; elsewhere, and for other blocks, operators do it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers.mlp import Mlp
@@ -19,7 +19,16 @@ from dsm_tune.merging import loops, on_cpu
 from dsm_tune.merging.loops import team
 from dsm_tune.merging.on_cpu import is_idle, is_watched
 
-__all__ = ["WIDEST", "attend", "feed_forward"]
+__all__ = [
+    "WIDEST",
+    "AttentionHalf",
+    "MlpHalf",
+    "attend",
+    "attention_half",
+    "feed_forward",
+    "loop_for",
+    "mlp_half",
+]
 
 WIDEST = 512  # channels; where there are more, oneDNN's products were measured to be quicker
 NORMS, STORED = (nn.LayerNorm, LayerNorm), (nn.Parameter, Tensor)
@@ -27,6 +36,46 @@ NORMS, STORED = (nn.LayerNorm, LayerNorm), (nn.Parameter, Tensor)
 
 class _OtherError(Exception):
     """A block is not what a loop does."""
+
+
+class AttentionHalf(NamedTuple):
+    """What an attention half that a loop can do is made of; a bias or a gain may be ``None``."""
+
+    heads: int
+    scale: float
+    epsilon: float
+    norm: tuple[Tensor, Tensor]  # weight and bias, [C] each
+    layers: tuple[Tensor | None, ...]  # [3C, C], [3C]; [C, C], [C]; the gain, [C]
+
+    def numbers(
+        self, batch: int, count: int, x: int, log_size: int, qkv: int, result: int, out: int
+    ) -> tuple[int, ...]:
+        """What ``ATTENTION_HALF`` names, of [B, N, C]; what is of one kind is an address."""
+        width = self.norm[0].shape[0]
+        d = width // self.heads
+        strides = 12 * count * width, 4 * d, 12 * width
+        places = qkv, *strides, qkv + 4 * width, *strides, qkv + 8 * width, *strides
+        return (
+            *(x, batch * count, width, *map(team.address_of, self.norm), *team.bits(self.epsilon)),
+            *(batch, self.heads, count, count, d, *places, log_size, *team.bits(self.scale)),
+            *(result, qkv, *map(team.address_of, self.layers), out),
+        )
+
+
+class MlpHalf(NamedTuple):
+    """What an MLP half that a loop can do is made of, likewise."""
+
+    hidden: int
+    epsilon: float
+    norm: tuple[Tensor, Tensor]
+    layers: tuple[Tensor | None, ...]  # [hidden, C], [hidden]; [C, hidden], [C]; the gain, [C]
+
+    def numbers(self, rows: int, x: int, out: int) -> tuple[int, ...]:
+        """What ``MLP_HALF`` names, of [rows, C]."""
+        return (
+            *(x, rows, self.norm[0].shape[0], *map(team.address_of, self.norm)),
+            *(*team.bits(self.epsilon), self.hidden, *map(team.address_of, self.layers), out),
+        )
 
 
 def attend(
@@ -42,11 +91,40 @@ def attend(
     Returns:
         [B, N, C]; queries, keys and values, [B, H, N, d] each. ``None`` if no loop can do it.
     """
-    # What is called here stands between a half and its work: a forward of one image feels it.
-    loop, (batch, count, width), own = _loop_for(x), x.shape, block._modules
+    (batch, count, width), loop = x.shape, loop_for(x)
+    half = None if loop is None else attention_half(block, count, width, loop)
+    if loop is None or half is None:
+        return None
+    if log_size is not None:
+        log_size = log_size.contiguous()
+        if log_size.dtype is not torch.float32 or log_size.shape != (batch, count):
+            return None
+    x, qkv = x.contiguous(), x.new_empty(batch, count, 3, half.heads, width // half.heads)
+    result, out = x.new_empty(batch, count, width), x.new_empty(batch, count, width)
+    filled = map(team.address_of, (x, log_size, qkv, result, out))
+    team.run(loop.attention_half, *half.numbers(batch, count, *filled), shares=batch * count)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return out, q, k, v
+
+
+def feed_forward(block: Block, x: Tensor) -> Tensor | None:
+    """The MLP half of a block, [B, N, C] to [B, N, C]; ``None`` if no loop can do it."""
+    loop = loop_for(x)
+    half = None if loop is None else mlp_half(block, x.shape[2], loop)
+    if loop is None or half is None:
+        return None
+    x = x.contiguous()
+    out, rows = torch.empty_like(x), x.shape[0] * x.shape[1]
+    team.run(loop.mlp_half, *half.numbers(rows, x.data_ptr(), out.data_ptr()), shares=rows)
+    return out
+
+
+def attention_half(block: Block, count: int, width: int, loop: Any) -> AttentionHalf | None:
+    """The attention half of a block for [B, N, C], if a loop can do it."""
+    own = block._modules
     attn: Any = own["attn"]
     inner, heads, d = attn._modules, attn.num_heads, attn.head_dim
-    if loop is None or heads * d != width or min(count, d) < loop.LEAST_SIDE:
+    if heads * d != width or min(count, d) < loop.LEAST_SIDE:
         return None
     if attn.training and attn.attn_drop.p:
         return None
@@ -55,30 +133,17 @@ def attend(
         _check_idle(own["drop_path1"])
         norm = _norm(own["norm1"], width)
         layers = *_linear(inner["qkv"], 3 * width, width), *_linear(inner["proj"], width, width)
-        gain = _gain(own["ls1"], width)
-        bias = None if log_size is None else _checked(log_size.contiguous(), batch, count)
+        layers = *layers, _gain(own["ls1"], width)
     except _OtherError:
         return None
-    x, qkv = x.contiguous(), x.new_empty(batch, count, 3, heads, d)
-    result, out = x.new_empty(batch, count, width), x.new_empty(batch, count, width)
-    first, strides = qkv.data_ptr(), (12 * count * width, 4 * d, 12 * width)
-    team.run(
-        loop.attention_half, x.data_ptr(), batch * count, width,
-        *map(team.address_of, norm), *team.bits(own["norm1"].eps),
-        batch, heads, count, count, d, first, *strides, first + 4 * width, *strides,
-        first + 8 * width, *strides, team.address_of(bias), *team.bits(float(attn.scale)),
-        result.data_ptr(), first, *map(team.address_of, (*layers, gain, out)),
-        shares=batch * count,
-    )  # fmt: skip
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-    return out, q, k, v
+    return AttentionHalf(heads, float(attn.scale), own["norm1"].eps, norm, layers)
 
 
-def feed_forward(block: Block, x: Tensor) -> Tensor | None:
-    """The MLP half of a block, [B, N, C] to [B, N, C]; ``None`` if no loop can do it."""
-    loop, width, own = _loop_for(x), x.shape[2], block._modules
+def mlp_half(block: Block, width: int, loop: Any) -> MlpHalf | None:
+    """The MLP half of a block for [B, N, C], if a loop can do it."""
+    own = block._modules
     mlp: Any = own["mlp"]
-    if loop is None or type(mlp) is not Mlp or is_watched(mlp):
+    if type(mlp) is not Mlp or is_watched(mlp):
         return None
     inner = mlp._modules
     hidden, act = getattr(inner["fc1"], "out_features", 0), inner["act"]
@@ -89,21 +154,13 @@ def feed_forward(block: Block, x: Tensor) -> Tensor | None:
         _check_idle(inner["drop1"], inner["norm"], inner["drop2"], own["drop_path2"])
         norm = _norm(own["norm2"], width)
         layers = *_linear(inner["fc1"], hidden, width), *_linear(inner["fc2"], width, hidden)
-        gain = _gain(own["ls2"], width)
+        layers = *layers, _gain(own["ls2"], width)
     except _OtherError:
         return None
-    x = x.contiguous()
-    out, rows = torch.empty_like(x), x.shape[0] * x.shape[1]
-    team.run(
-        loop.mlp_half, x.data_ptr(), rows, width,
-        *map(team.address_of, norm), *team.bits(own["norm2"].eps),
-        hidden, *map(team.address_of, (*layers, gain, out)),
-        shares=rows,
-    )  # fmt: skip
-    return out
+    return MlpHalf(hidden, own["norm2"].eps, norm, layers)
 
 
-def _loop_for(x: Tensor) -> Any:
+def loop_for(x: Tensor) -> Any:
     """The module of the loops, where they may be used and pay; to import it compiles them."""
     if x.shape[2] > WIDEST or not on_cpu.suits(x):
         return None

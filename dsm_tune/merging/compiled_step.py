@@ -17,7 +17,7 @@ from dsm_tune.merging.joining import Tokens
 from dsm_tune.merging.loops import team
 from dsm_tune.plan import Matching, Step
 
-__all__ = ["Merge", "by_operators", "merged_tokens", "suits"]
+__all__ = ["Merge", "by_operators", "merged_tokens", "numbers_of", "sides", "suits"]
 
 
 def suits(x: Tensor) -> bool:
@@ -78,22 +78,56 @@ def by_operators(merge: Merge) -> Tokens:
     )
 
 
+def numbers_of(
+    step: Step, options: Matching, prefix: int, shape: tuple[int, ...], scale: float,
+    feature: tuple[int, ...], key: tuple[int, ...], memory: tuple[int, ...],
+) -> tuple[int, ...]:  # fmt: skip
+    """What the loop is given.
+
+    Args:
+        step: merges tokens.
+        options: of the plan.
+        prefix: p.
+        shape: B, N and C.
+        scale: of the products of queries and keys.
+        feature: H and d; how far it is to the next image, head and token.
+        key: likewise.
+        memory: addresses, in the order of ``loops.step.GIVEN``.
+    """
+    loop, count = loops.module_of("step"), shape[1]
+    even, odd = matching.first_positions(prefix)
+    return (
+        *(*shape, *feature, *key, *sides(count, prefix), step.r, prefix, even, odd),
+        *(step.window or 0, options.quota == "equal", loop.NORMS[options.norm]),
+        options.position == "centroid",
+        *team.bits(options.size_penalty, options.salience, options.attention_weight, scale),
+        *memory,
+    )
+
+
+def sides(count: int, prefix: int) -> tuple[int, int]:
+    """How many tokens are even and odd, of N with the prefix."""
+    even, odd = matching.first_positions(prefix)
+    return (count - even + 1) // 2, (count - odd + 1) // 2
+
+
 def _by_loop(merge: Merge) -> Tokens:
     tokens, feature, parts, log_size, step, options, prefix = merge
-    # What is called here stands between a step and its work: a forward of one image feels it.
     (batch, count, channels), loop, r = tokens.x.shape, loops.module_of("step"), step.r
-    even, odd = matching.first_positions(prefix)
-    evens, odds, left = (count - even + 1) // 2, (count - odd + 1) // 2, count - r
+    evens, left = sides(count, prefix)[0], count - r
     feature, query, key, received = team.in_rows(feature), None, parts.k, None
     if options.needs_attention and options.attention == "class":
         query, key = team.in_rows(parts.q), team.in_rows(key)
         if query.stride() != key.stride():
             query, key = query.contiguous(), key.contiguous()
+        received = tokens.x.new_empty(batch, count)
     elif options.needs_attention:
         received = scores.attention_to(options.attention, parts, log_size)
-    size, new_log_size = tokens.x.new_empty(2, batch, left).unbind()
-    place = order = destination = None
     x = tokens.x.new_empty(batch, left, channels)
+    size, new_log_size = tokens.x.new_empty(2, batch, left).unbind()
+    partner = torch.empty(batch, evens, dtype=torch.int64)
+    badness = tokens.x.new_empty(batch, evens)
+    place = order = destination = None
     if tokens.place is not None:
         place = tokens.x.new_empty(batch, left, 2)
     if tokens.origin is not None:
@@ -101,17 +135,13 @@ def _by_loop(merge: Merge) -> Tokens:
         destination = torch.empty(batch, r, dtype=torch.int64)
     given = [log_size, received, tokens.x, tokens.size, tokens.place]
     given = [None if one is None else one.contiguous() for one in given]
-    team.run(
-        loop.step, batch, count, channels, *_side_by_side(feature), *_side_by_side(key),
-        evens, odds, r, prefix, even, odd, step.window or 0, options.quota == "equal",
-        loop.NORMS[options.norm], options.position == "centroid",
-        *team.bits(
-            options.size_penalty, options.salience, options.attention_weight, parts.scale
-        ),
-        *map(team.address_of, (feature, query, key, *given)),
-        *map(team.address_of, (x, size, new_log_size, place, order, destination)),
-        shares=batch,
+    filled = partner, badness, x, size, new_log_size, place, order, destination
+    memory = tuple(map(team.address_of, (feature, query, key, *given, *filled)))
+    numbers = numbers_of(
+        step, options, prefix, (batch, count, channels), parts.scale,
+        _side_by_side(feature), _side_by_side(key), memory,
     )  # fmt: skip
+    team.run(loop.step, *numbers, shares=batch * evens)
     origin = tokens.origin
     if order is not None and destination is not None and origin is not None:
         choice = matching.Choice(order, destination)

@@ -21,6 +21,7 @@ from dsm_tune.merging import loops
 from dsm_tune.merging.loops import team
 
 __all__ = [
+    "all_are_watched",
     "attention",
     "is_idle",
     "is_watched",
@@ -106,8 +107,12 @@ def _is_plain(layer: Any) -> bool:
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody is told when a module runs: then it is to be called, not what it does."""
     hooks = module._forward_hooks or module._forward_pre_hooks
-    of_all = every_module._global_forward_hooks or every_module._global_forward_pre_hooks
-    return bool(hooks or of_all or "forward" in module.__dict__)
+    return bool(hooks or "forward" in module.__dict__ or all_are_watched())
+
+
+def all_are_watched() -> bool:
+    """Whether somebody is told when any module runs."""
+    return bool(every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
 
 
 def is_idle(module: nn.Module) -> bool:

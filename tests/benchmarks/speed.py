@@ -15,6 +15,7 @@ is what dense takes with them.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import sys
@@ -33,8 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dsm_tune import schedules
 from dsm_tune.measuring.latency import timer_for
 from dsm_tune.measuring.memory import keep_freed_memory
-from dsm_tune.merging import backbone, halves
+from dsm_tune.merging import backbone, compiled_blocks, halves, loops
 from dsm_tune.merging.backbone import read_geometry
+from dsm_tune.merging.blocks import MergedBlocks
+from dsm_tune.merging.joining import Tokens
 from dsm_tune.merging.merged import merged_view
 from dsm_tune.merging.on_cpu import suits
 from dsm_tune.plan import Matching, MergePlan, Step
@@ -50,12 +53,21 @@ REST = 0.05  # seconds for a library's threads to stop waiting for work, beside 
 
 
 def slice_floor(model: Any, plan: MergePlan) -> Forward:
-    """The forward of a plan whose merges are free: tokens are cut off instead."""
+    """The forward of a plan whose merges are free: tokens are cut off instead.
+
+    What a merged model does by loops in one series, it does so too.
+    """
     blocks, tokens, removed = list(model.blocks), plan.tokens, plan.removed
+    in_series = MergedBlocks(model.blocks, dataclasses.replace(plan, proportional_attention=False))
 
     def forward(images: Tensor) -> Tensor:
-        x = backbone.stem(model, images)
-        for index, block in enumerate(blocks):
+        x, first = backbone.stem(model, images), 0
+        if suits(x) and loops.module_of("step") is not None:
+            from cutting import cut  # needs numba
+
+            quick = compiled_blocks.run(in_series, Tokens(x), 0, step_loop=cut)
+            x, first = (x, 0) if quick is None else (quick[0].x, quick[1])
+        for index, block in enumerate(blocks[first:], first):
             if plan.last_block == "prefix" and index == len(blocks) - 1:
                 x = halves.attend_prefix(block, x, None, plan.geometry.prefix)
             elif removed[index]:

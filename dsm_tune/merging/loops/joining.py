@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 
 from dsm_tune.merging.loops.machine import length, of_image, part
+from dsm_tune.merging.loops.matching import partners
 from dsm_tune.merging.scores import LEAST_SHARE
 
-__all__ = ["merge", "weights"]
+__all__ = ["merge"]
 
 LEAST = np.float32(LEAST_SHARE)
 
 
 @part
-def weights(given: Any, received: Any) -> Any:
+def _weights(image: Any, given: Any) -> Any:
     """What sizes are multiplied with for the weights of a mean, [N], or none."""
     power, count = np.float32(given.attention_weight), given.tokens
-    weight = np.empty(count if power and received.shape[0] else 0, np.float32)
+    received = of_image(image, given.received if power else 0, (count,))
+    weight = np.empty(received.shape[0], np.float32)
     for n in range(weight.shape[0]):
         share = max(received[n] * np.float32(count), LEAST)
         weight[n] = share if power == np.float32(1.0) else share**power
@@ -48,22 +50,27 @@ def _seat(ranked: Any, given: Any, rows: Any) -> Any:
 
 
 @part
-def _join(x: Any, rows: Any, source: Any, target: Any, share: Any, norm: Any, merged: Any) -> None:
-    """Fill in what [N, C] becomes, [N - r, C]: those that stay, with shares of those that join.
+def _join(
+    x: Any, rows: Any, source: Any, target: Any, share: Any, norm: Any,
+    first: Any, last: Any, merged: Any,
+) -> None:  # fmt: skip
+    """Of what [N, C] becomes, [N - r, C], fill in some rows: those that stay, and what joins them.
 
     ``source`` and ``target`` are [r]: the row of x that leaves, the one of ``merged`` it joins.
     """
     r, channels = source.shape[0], x.shape[1]
-    for i in range(rows.shape[0]):
+    for i in range(first, last):
         into, one = merged[i], x[rows[i]]
         for c in range(channels):
             into[c] = one[c]
     for i in range(r):
+        if not first <= target[i] < last:
+            continue
         into, one, own = merged[target[i]], x[source[i]], x[rows[target[i]]]
         for c in range(channels):
             into[c] += share[i] * (one[c] - own[c])
     for i in range(r if norm else 0):
-        is_first = True
+        is_first = first <= target[i] < last
         for j in range(i):
             is_first = is_first and target[j] != target[i]
         if not is_first:
@@ -81,43 +88,47 @@ def _join(x: Any, rows: Any, source: Any, target: Any, share: Any, norm: Any, me
 
 
 @part
-def merge(image: Any, given: Any, ranked: Any, partner: Any, weight: Any) -> None:
-    """As ``joining.merge``, for an image."""
+def merge(image: Any, given: Any, ranked: Any, first: Any, last: Any) -> None:
+    """As ``joining.merge``: some rows of what the tokens of an image become."""
     count, channels, r = given.tokens, given.channels, given.r
-    left = count - r
-    size = of_image(image, given.size, (count,))
-    new_size = of_image(image, given.new_size, (left,))
+    left, partner = count - r, partners(image, given)
+    size, weight = of_image(image, given.size, (count,)), _weights(image, given)
     rows, source, target = np.empty(left, np.int64), np.empty(r, np.int64), np.empty(r, np.int64)
-    share, total = np.empty(r, np.float32), np.empty(left, np.float32)
+    share, mass, total = (
+        np.empty(r, np.float32),
+        np.empty(left, np.float32),
+        np.empty(left, np.float32),
+    )
     one = np.float32(1.0)
-    first = _seat(ranked, given, rows)
-    log_size = of_image(image, given.new_log_size, (left,))
+    first_odd = _seat(ranked, given, rows)
     for i in range(left):
-        new_size[i] = size[rows[i]] if size.shape[0] else one
-        total[i] = new_size[i] * (weight[rows[i]] if weight.shape[0] else one)
+        mass[i] = size[rows[i]] if size.shape[0] else one
+        total[i] = mass[i] * (weight[rows[i]] if weight.shape[0] else one)
     for i in range(r):
         source[i] = given.first_even + 2 * ranked[i]
-        target[i] = first + partner[ranked[i]]
+        target[i] = first_odd + partner[ranked[i]]
         own = size[source[i]] if size.shape[0] else one
         share[i] = own * (weight[source[i]] if weight.shape[0] else one)
-        new_size[target[i]] += own
+        mass[target[i]] += own
         total[target[i]] += share[i]
     for i in range(r):
         share[i] /= total[target[i]]
-    for i in range(left):
-        log_size[i] = np.log(new_size[i])
+    new_size = of_image(image, given.new_size, (left,))
+    log_size = of_image(image, given.new_log_size, (left,))
+    for i in range(first, last):
+        new_size[i], log_size[i] = mass[i], np.log(mass[i])
     x, merged = (
         of_image(image, given.x, (count, channels)),
         of_image(image, given.new_x, (left, channels)),
     )
-    _join(x, rows, source, target, share, given.norm, merged)
+    _join(x, rows, source, target, share, given.norm, first, last, merged)
     place, new_place = (
         of_image(image, given.place, (count, 2)),
         of_image(image, given.new_place, (left, 2)),
     )
     if place.shape[0] and given.centroid:
-        _join(place, rows, source, target, share, 0, new_place)
+        _join(place, rows, source, target, share, 0, first, last, new_place)
     elif place.shape[0]:
-        for i in range(left):
+        for i in range(first, last):
             for c in range(2):
                 new_place[i, c] = place[rows[i], c]

@@ -18,6 +18,7 @@ from dsm_tune.merging.loops.machine import (
     address_of,
     exact,
     floats,
+    integers,
     length,
     of_image,
     part,
@@ -25,7 +26,7 @@ from dsm_tune.merging.loops.machine import (
 )
 from dsm_tune.merging.matching import PLACE_TOLERANCE
 
-__all__ = ["attention_received", "match"]
+__all__ = ["attention_received", "match", "partners", "rank"]
 
 TOLERANCE, LOWEST = np.float32(PLACE_TOLERANCE), np.float32(-np.inf)
 
@@ -112,10 +113,13 @@ def _largest_inside(row: Any, tile: Any, tiles: Any) -> Any:
 
 
 @part
-def _in_rounds(ranked: Any, tiles: Any, crosses: Any, equal_quota: Any) -> Any:
-    """Edges [a] in rounds of one per tile, or as they are; crossing ones last."""
+def _in_rounds(ranked: Any, partner: Any, tiles: Any, odd_tiles: Any, equal_quota: Any) -> Any:
+    """Edges [a] in rounds of one per tile, or as they are; those that cross tiles last."""
     evens = ranked.shape[0]
     turn, turned, at = np.zeros(evens, np.int64), np.empty(evens, np.int64), 0
+    crosses = np.empty(evens, np.bool_)
+    for a in range(evens):
+        crosses[a] = tiles[a] != odd_tiles[partner[a]]
     for i in range(evens):
         a = ranked[i]
         if crosses[a]:
@@ -137,11 +141,9 @@ def _in_rounds(ranked: Any, tiles: Any, crosses: Any, equal_quota: Any) -> Any:
 @part
 def attention_received(image: Any, given: Any) -> Any:
     """As ``scores.attention_to`` of an image, [N]; none if none is asked for."""
-    count, width, received = given.tokens, given.key_width, np.empty(0, np.float32)
-    if given.received:
-        received = of_image(image, given.received, (count,))
+    count, width = given.tokens, given.key_width
     if not given.query:
-        return received
+        return of_image(image, given.received, (count,))
     received, logits = np.zeros(count, np.float32), np.empty(count, np.float32)
     log_size, scale = of_image(image, given.log_size, (count,)), np.float32(given.scale)
     heads, to_head, to_token = given.key_heads, given.key_to_head, given.key_to_token
@@ -205,30 +207,44 @@ def _tiles(place: Any, window: Any, first: Any, several: Any) -> Any:
 
 
 @part
-def match(image: Any, given: Any, received: Any, partner: Any) -> Any:
-    """Rank the even tokens of an image, [a], by their best edges; fill in their partners, [a]."""
+def _tiles_of(image: Any, given: Any) -> Any:
+    """Of an image's even tokens, [a], and of its odd ones, [b]; none without a window."""
+    place = of_image(image, given.place, (given.tokens, 2))
+    return (
+        _tiles(place, given.window, given.first_even, given.evens),
+        _tiles(place, given.window, given.first_odd, given.odds),
+    )
+
+
+@part
+def partners(image: Any, given: Any) -> Any:
+    """Of an image's even tokens, [a]: the odd ones that they merge into best."""
+    return carray(integers(given.partner + 8 * image * given.evens), (given.evens,))
+
+
+@part
+def match(image: Any, given: Any, first: Any, last: Any, received: Any) -> None:
+    """Fill in the best edges of an image's even tokens from one on: partners, and how bad."""
     count, evens, odds, width = given.tokens, given.evens, given.odds, given.width
     heads, to_head, to_token = given.heads, given.to_head, given.to_token
     feature = _heads_of(
         image, given.feature, heads, count, width, given.to_image, to_head, to_token
     )
-    place, beta = of_image(image, given.place, (count, 2)), np.float32(given.size_penalty)
-    even_tiles = _tiles(place, given.window, given.first_even, evens)
-    odd_tiles = _tiles(place, given.window, given.first_odd, odds)
-    size = of_image(image, given.size, (count,))
+    partner, badness = partners(image, given), of_image(image, given.badness, (evens,))
+    even_tiles, odd_tiles = _tiles_of(image, given)
+    size, beta = of_image(image, given.size, (count,)), np.float32(given.size_penalty)
     kind, penalties = _penalties(size if beta else size[:0], beta, given.first_odd, odds)
     columns = _odd_columns(feature, given)
     rows = np.zeros((ROWS, columns.shape[0]), np.float32)
     found = np.empty((ROWS, columns.shape[1]), np.float32)
-    worst = np.empty(evens, np.float32)  # the score, negated: a stable sort is ascending
-    crosses, times = np.zeros(evens, np.bool_), np.float32(given.salience * count)
-    for a in range(evens):
-        if a % ROWS == 0:
-            for i in range(min(ROWS, evens - a)):
+    times = np.float32(given.salience * count)
+    for a in range(first, last):
+        if (a - first) % ROWS == 0:
+            for i in range(min(ROWS, last - a)):
                 at = (given.first_even + 2 * (a + i)) * to_token
                 _unit_mean(feature, at, to_head, heads, rows[i])
             _products(rows, columns, found)
-        scores, token = found[a % ROWS, :odds], given.first_even + 2 * a
+        scores, token = found[(a - first) % ROWS, :odds], given.first_even + 2 * a
         if kind.shape[0]:
             penalty = penalties[kind[token]]
             for b in range(odds):
@@ -238,14 +254,19 @@ def match(image: Any, given: Any, received: Any, partner: Any) -> Any:
         best, at = np.float32(0.0), -1
         if even_tiles.shape[0]:
             best, at = _largest_inside(scores, even_tiles[a], odd_tiles)
-            crosses[a] = at < 0
         if at < 0:
             best, at = _largest(scores)
-        partner[a] = at
-        worst[a] = -best
+        partner[a], badness[a] = at, -best
         if received.shape[0] and times:
-            worst[a] += _rounded(times, received[token])
-    ranked = np.argsort(worst, kind="mergesort")
+            badness[a] += _rounded(times, received[token])
+
+
+@part
+def rank(image: Any, given: Any) -> Any:
+    """An image's even tokens, [a], by the edges that were found, the best first."""
+    badness = of_image(image, given.badness, (given.evens,))
+    ranked = np.argsort(badness, kind="mergesort")  # stable
+    even_tiles, odd_tiles = _tiles_of(image, given)
     if not even_tiles.shape[0]:
         return ranked
-    return _in_rounds(ranked, even_tiles, crosses, given.equal_quota)
+    return _in_rounds(ranked, partners(image, given), even_tiles, odd_tiles, given.equal_quota)

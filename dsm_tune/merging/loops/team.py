@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["address_of", "bits", "in_rows", "run"]
+__all__ = ["address_of", "bits", "head_of", "in_rows", "run"]
 
 
 def _openmp() -> tuple[Any, tuple[int, ...]]:
@@ -51,13 +51,18 @@ def run(loop: Any, *numbers: int, shares: int) -> None:
         *numbers: sizes, and addresses of memory that lives until the loop returns.
         shares: that the work consists of; one alone is done by the thread that calls.
     """
-    threads = torch.get_num_threads()
-    if shares > 1 and threads > 1 and START is not None:
-        given = array("q", (*TOGETHER, *numbers))
-        START(loop.address, given.buffer_info()[0], threads, 0)
+    head = head_of(shares)
+    given = array("q", (*head, *numbers))
+    if head is TOGETHER:
+        START(loop.address, given.buffer_info()[0], torch.get_num_threads(), 0)
     else:
-        given = array("q", (*ALONE, *numbers))
         CALL(loop.address)(given.buffer_info()[0])
+
+
+def head_of(shares: int) -> tuple[int, ...]:
+    """What the record of a loop begins with: :data:`TOGETHER` or, for one thread, :data:`ALONE`."""
+    threads = torch.get_num_threads() if START is not None else 1
+    return TOGETHER if shares > 1 and threads > 1 else ALONE
 
 
 @functools.lru_cache(maxsize=256)

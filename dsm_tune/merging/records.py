@@ -1,0 +1,157 @@
+"""What the loops of several blocks are given, one after the other, in one piece of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from dsm_tune.merging.compiled_halves import AttentionHalf, MlpHalf, attention_half, mlp_half
+from dsm_tune.merging.compiled_step import numbers_of
+from dsm_tune.merging.on_cpu import is_watched
+from dsm_tune.plan import MergePlan, Step
+
+__all__ = ["Left", "Loops", "Part", "Record", "Room", "parts_of", "records_of"]
+
+LINE = 64  # bytes of memory that a cache takes at once
+
+
+class Loops(NamedTuple):
+    """What does the halves of a block and its step."""
+
+    attention_half: Any
+    step: Any
+    mlp_half: Any
+
+
+class Part(NamedTuple):
+    """A block that loops can do."""
+
+    attention: AttentionHalf
+    step: Step | None
+    mlp: MlpHalf
+
+
+class Left(NamedTuple):
+    """The N tokens of each image, and addresses of what is known of them; 0 for what is not."""
+
+    count: int
+    x: int
+    size: int = 0
+    log_size: int = 0
+    place: int = 0
+
+
+Record = tuple[Any, tuple[int, ...]]  # a loop, and the numbers that it is given
+
+
+class Room:
+    """Where everything is in the memory of several blocks for [B, N, C]: bytes from its beginning.
+
+    What a block leaves is where the block before left it; in between, nothing is where it is read.
+    """
+
+    def __init__(self, batch: int, count: int, width: int) -> None:
+        self.bytes, tokens = 0, batch * count
+        self.x, self.out, self.result = (self._take(tokens * width) for _ in range(3))
+        self.qkv = self._take(3 * tokens * width)
+        self.received, self.badness = self._take(tokens), self._take(tokens)
+        self.partner = self._take(2 * tokens)  # int64
+        # Of the tokens before a step and behind it, in turn.
+        self.size, self.log_size, self.place = (
+            (self._take(several), self._take(several)) for several in (tokens, tokens, 2 * tokens)
+        )
+
+    def _take(self, several: int) -> int:
+        """Room for so many float32."""
+        start = self.bytes
+        self.bytes += -(4 * several // -LINE) * LINE
+        return start
+
+
+def parts_of(blocks: Any, first: int, count: int, width: int, loop: Any) -> list[Part]:
+    """The blocks in a row that loops can do.
+
+    Args:
+        blocks: ``MergedBlocks``.
+        first: index of a block.
+        count: N, tokens that enter it.
+        width: C.
+        loop: the module of the halves' loops.
+    """
+    plan, parts = blocks.plan, []
+    options = plan.matching
+    of_block = options.feature in ("k", "q", "v")
+    of_class = not options.needs_attention or options.attention == "class"
+    for index in range(first, len(blocks)):
+        block, step = blocks[index], blocks.steps.get(index)
+        if plan.last_block == "prefix" and index == len(blocks) - 1:
+            break
+        if step is not None and not (step.kind == "merge" and of_block and of_class):
+            break
+        attention = attention_half(block, count, width, loop)
+        mlp = mlp_half(block, width, loop)
+        if attention is None or mlp is None or is_watched(block) or is_watched(block.attn):
+            break
+        parts.append(Part(attention, step, mlp))
+        count -= step.r if step is not None else 0
+    return parts
+
+
+def records_of(
+    parts: list[Part], plan: MergePlan, batch: int, entered: Left, memory: int, loops: Loops
+) -> Iterator[tuple[list[Record], Left]]:
+    """For each block its loops with their numbers, and what it leaves.
+
+    Args:
+        parts: the blocks.
+        plan: theirs.
+        batch: B.
+        entered: what enters the first block; its places are those to begin with.
+        memory: address of as much as :class:`Room` takes.
+        loops: to run.
+    """
+    left, turn = entered, 0
+    width, last_local = plan.geometry.width, plan.last_local
+    room = Room(batch, entered.count, width)
+    x, out, result = memory + room.x, memory + room.out, memory + room.result
+    for attention, step, mlp in parts:
+        bias = left.log_size if plan.proportional_attention else 0
+        qkv = memory + room.qkv
+        numbers = attention.numbers(batch, left.count, left.x, bias, qkv, result, out)
+        records = [(loops.attention_half, numbers)]
+        left = left._replace(x=out)
+        if step is not None:
+            place = left.place if step.block <= last_local else 0
+            after = Left(
+                left.count - step.r, result, memory + room.size[turn],
+                memory + room.log_size[turn], memory + room.place[turn] if place else 0,
+            )  # fmt: skip
+            between = memory + room.received, memory + room.partner, memory + room.badness
+            before = left._replace(log_size=bias, place=place)
+            numbers = _step_numbers(plan, step, attention, batch, qkv, before, between, after)
+            records.append((loops.step, numbers))
+            is_over = step.block >= last_local
+            left, turn = after._replace(place=0 if is_over else after.place), 1 - turn
+        records.append((loops.mlp_half, mlp.numbers(batch * left.count, left.x, x)))
+        left = left._replace(x=x)
+        yield records, left
+
+
+def _step_numbers(
+    plan: MergePlan, step: Step, attention: AttentionHalf, batch: int, qkv: int,
+    before: Left, between: tuple[int, ...], after: Left,
+) -> tuple[int, ...]:  # fmt: skip
+    """What a step is given behind an attention half."""
+    options, width, heads = plan.matching, plan.geometry.width, attention.heads
+    q, k, v = (qkv + 4 * i * width for i in range(3))
+    d, (received, partner, badness) = width // heads, between
+    lie = heads, d, 3 * before.count * width, d, 3 * width
+    query, received = (q, received) if options.needs_attention else (0, 0)
+    memory = (
+        *({"q": q, "k": k, "v": v}[options.feature], query, k, before.log_size, received),
+        *(before.x, before.size, before.place, partner, badness),
+        *(after.x, after.size, after.log_size, after.place, 0, 0),
+    )
+    shape = batch, before.count, width
+    prefix = plan.geometry.prefix
+    return numbers_of(step, options, prefix, shape, attention.scale, lie, lie, memory)

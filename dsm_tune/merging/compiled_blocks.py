@@ -19,7 +19,7 @@ from dsm_tune.merging.compiled_halves import loop_for
 from dsm_tune.merging.joining import Tokens
 from dsm_tune.merging.loops import team
 from dsm_tune.merging.on_cpu import all_are_watched
-from dsm_tune.merging.records import Left, Loops, Part, Room, parts_of, records_of
+from dsm_tune.merging.records import Left, Loops, Part, Room, part_of, parts_of, records_of
 from dsm_tune.merging.unchanged import Unchanged
 
 __all__ = ["run"]
@@ -44,13 +44,15 @@ def run(
     """
     x, halves = tokens.x, loop_for(tokens.x)
     step_loop = step_loop or getattr(loops.module_of("step"), "step", None)
-    if halves is None or step_loop is None or tokens.origin is not None or all_are_watched():
+    if halves is None or step_loop is None or all_are_watched():
+        return None
+    if not x.numel() or tokens.origin is not None:
         return None
     kept, head = KEPT.setdefault(blocks, {}), team.head_of(x.shape[0] * x.shape[1])
     key = first, x.shape[0], head, step_loop
     series = kept.get(key)
-    if series is None or not series.unchanged():
-        parts = parts_of(blocks, first, *x.shape[1:], halves)
+    if series is None or not series.is_still_all(blocks, halves):
+        parts = parts_of(blocks, first, x.shape[1], halves)
         if not parts:
             return None
         if len(kept) >= MOST:
@@ -74,12 +76,13 @@ class _Series:
 
         def given(memory: int, x: int) -> tuple[list[int], list[tuple[int, int]], Left]:
             """All records one behind the other; each loop and where its record is; the end."""
+            left = Left(count, x, place=self.place.data_ptr())
+            records, left = records_of(parts, blocks.plan, batch, left, memory, of_blocks)
             numbers: list[int] = []
-            calls, left = [], Left(count, x, place=self.place.data_ptr())
-            for records, left in records_of(parts, blocks.plan, batch, left, memory, of_blocks):
-                for loop, its_own in records:
-                    calls.append((loop.address, 8 * len(numbers)))
-                    numbers += (*head, *its_own)
+            calls = []
+            for loop, its_own in records:
+                calls.append((loop.address, 8 * len(numbers)))
+                numbers += (*head, *its_own)
             return numbers, calls, left
 
         numbers, calls, self.left = given(0, 0)
@@ -88,6 +91,14 @@ class _Series:
         self.in_memory, self.in_x = (
             torch.tensor(given(*at)[0]) - self.numbers for at in ((1, 0), (0, 1))
         )
+
+    def is_still_all(self, blocks: Any, halves: Any) -> bool:
+        """Whether its blocks are what they were, and loops cannot do the next one either."""
+        if not self.unchanged():
+            return False
+        if self.end == len(blocks):
+            return True
+        return part_of(blocks, self.end, self.left.several, halves) is None
 
     def run(self, x: Tensor) -> Tokens:
         """What the blocks leave of [B, N, C], contiguous."""

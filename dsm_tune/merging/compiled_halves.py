@@ -132,11 +132,11 @@ def attention_half(block: Block, count: int, width: int, loop: Any) -> Attention
         _check_idle(inner["q_norm"], inner["k_norm"], inner["norm"], inner["proj_drop"])
         _check_idle(own["drop_path1"])
         norm = _norm(own["norm1"], width)
-        layers = *_linear(inner["qkv"], 3 * width, width), *_linear(inner["proj"], width, width)
-        layers = *layers, _gain(own["ls1"], width)
+        qkv, output = _linear(inner["qkv"], 3 * width, width), _linear(inner["proj"], width, width)
+        gain = _gain(own["ls1"], width)
     except _OtherError:
         return None
-    return AttentionHalf(heads, float(attn.scale), own["norm1"].eps, norm, layers)
+    return AttentionHalf(heads, float(attn.scale), own["norm1"].eps, norm, (*qkv, *output, gain))
 
 
 def mlp_half(block: Block, width: int, loop: Any) -> MlpHalf | None:
@@ -153,11 +153,11 @@ def mlp_half(block: Block, width: int, loop: Any) -> MlpHalf | None:
     try:
         _check_idle(inner["drop1"], inner["norm"], inner["drop2"], own["drop_path2"])
         norm = _norm(own["norm2"], width)
-        layers = *_linear(inner["fc1"], hidden, width), *_linear(inner["fc2"], width, hidden)
-        layers = *layers, _gain(own["ls2"], width)
+        first, second = _linear(inner["fc1"], hidden, width), _linear(inner["fc2"], width, hidden)
+        gain = _gain(own["ls2"], width)
     except _OtherError:
         return None
-    return MlpHalf(hidden, own["norm2"].eps, norm, layers)
+    return MlpHalf(hidden, own["norm2"].eps, norm, (*first, *second, gain))
 
 
 def loop_for(x: Tensor) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from dsm_tune.merging.compiled_halves import AttentionHalf, MlpHalf, attention_half, mlp_half
@@ -10,7 +9,7 @@ from dsm_tune.merging.compiled_step import numbers_of
 from dsm_tune.merging.on_cpu import is_watched
 from dsm_tune.plan import MergePlan, Step
 
-__all__ = ["Left", "Loops", "Part", "Record", "Room", "parts_of", "records_of"]
+__all__ = ["Left", "Loops", "Part", "Record", "Room", "part_of", "parts_of", "records_of"]
 
 LINE = 64  # bytes of memory that a cache takes at once
 
@@ -34,7 +33,7 @@ class Part(NamedTuple):
 class Left(NamedTuple):
     """The N tokens of each image, and addresses of what is known of them; 0 for what is not."""
 
-    count: int
+    several: int
     x: int
     size: int = 0
     log_size: int = 0
@@ -68,39 +67,46 @@ class Room:
         return start
 
 
-def parts_of(blocks: Any, first: int, count: int, width: int, loop: Any) -> list[Part]:
-    """The blocks in a row that loops can do.
+def part_of(blocks: Any, index: int, count: int, loop: Any) -> Part | None:
+    """A block, if loops can do it.
 
     Args:
         blocks: ``MergedBlocks``.
-        first: index of a block.
+        index: of the block.
         count: N, tokens that enter it.
-        width: C.
         loop: the module of the halves' loops.
     """
-    plan, parts = blocks.plan, []
-    options = plan.matching
-    of_block = options.feature in ("k", "q", "v")
-    of_class = not options.needs_attention or options.attention == "class"
+    plan, block, step = blocks.plan, blocks[index], blocks.steps.get(index)
+    if plan.last_block == "prefix" and index == len(blocks) - 1:
+        return None
+    if step is not None:
+        options = plan.matching
+        of_class = not options.needs_attention or options.attention == "class"
+        if step.kind != "merge" or options.feature not in ("k", "q", "v") or not of_class:
+            return None
+    if is_watched(block) or is_watched(block.attn):
+        return None
+    attention = attention_half(block, count, plan.geometry.width, loop)
+    mlp = mlp_half(block, plan.geometry.width, loop)
+    return None if attention is None or mlp is None else Part(attention, step, mlp)
+
+
+def parts_of(blocks: Any, first: int, count: int, loop: Any) -> list[Part]:
+    """The blocks from ``first`` on that loops can do, up to one that they cannot."""
+    parts: list[Part] = []
     for index in range(first, len(blocks)):
-        block, step = blocks[index], blocks.steps.get(index)
-        if plan.last_block == "prefix" and index == len(blocks) - 1:
+        part = part_of(blocks, index, count, loop)
+        if part is None:
             break
-        if step is not None and not (step.kind == "merge" and of_block and of_class):
-            break
-        attention = attention_half(block, count, width, loop)
-        mlp = mlp_half(block, width, loop)
-        if attention is None or mlp is None or is_watched(block) or is_watched(block.attn):
-            break
-        parts.append(Part(attention, step, mlp))
-        count -= step.r if step is not None else 0
+        parts.append(part)
+        count -= part.step.r if part.step is not None else 0
     return parts
 
 
 def records_of(
     parts: list[Part], plan: MergePlan, batch: int, entered: Left, memory: int, loops: Loops
-) -> Iterator[tuple[list[Record], Left]]:
-    """For each block its loops with their numbers, and what it leaves.
+) -> tuple[list[Record], Left]:
+    """All loops with their numbers, and what the last block leaves.
 
     Args:
         parts: the blocks.
@@ -110,20 +116,21 @@ def records_of(
         memory: address of as much as :class:`Room` takes.
         loops: to run.
     """
+    records: list[Record] = []
     left, turn = entered, 0
     width, last_local = plan.geometry.width, plan.last_local
-    room = Room(batch, entered.count, width)
+    room = Room(batch, entered.several, width)
     x, out, result = memory + room.x, memory + room.out, memory + room.result
     for attention, step, mlp in parts:
         bias = left.log_size if plan.proportional_attention else 0
         qkv = memory + room.qkv
-        numbers = attention.numbers(batch, left.count, left.x, bias, qkv, result, out)
-        records = [(loops.attention_half, numbers)]
+        numbers = attention.numbers(batch, left.several, left.x, bias, qkv, result, out)
+        records.append((loops.attention_half, numbers))
         left = left._replace(x=out)
         if step is not None:
             place = left.place if step.block <= last_local else 0
             after = Left(
-                left.count - step.r, result, memory + room.size[turn],
+                left.several - step.r, result, memory + room.size[turn],
                 memory + room.log_size[turn], memory + room.place[turn] if place else 0,
             )  # fmt: skip
             between = memory + room.received, memory + room.partner, memory + room.badness
@@ -132,9 +139,9 @@ def records_of(
             records.append((loops.step, numbers))
             is_over = step.block >= last_local
             left, turn = after._replace(place=0 if is_over else after.place), 1 - turn
-        records.append((loops.mlp_half, mlp.numbers(batch * left.count, left.x, x)))
+        records.append((loops.mlp_half, mlp.numbers(batch * left.several, left.x, x)))
         left = left._replace(x=x)
-        yield records, left
+    return records, left
 
 
 def _step_numbers(
@@ -145,13 +152,13 @@ def _step_numbers(
     options, width, heads = plan.matching, plan.geometry.width, attention.heads
     q, k, v = (qkv + 4 * i * width for i in range(3))
     d, (received, partner, badness) = width // heads, between
-    lie = heads, d, 3 * before.count * width, d, 3 * width
+    lie = heads, d, 3 * before.several * width, d, 3 * width
     query, received = (q, received) if options.needs_attention else (0, 0)
     memory = (
         *({"q": q, "k": k, "v": v}[options.feature], query, k, before.log_size, received),
         *(before.x, before.size, before.place, partner, badness),
         *(after.x, after.size, after.log_size, after.place, 0, 0),
     )
-    shape = batch, before.count, width
+    shape = batch, before.several, width
     prefix = plan.geometry.prefix
     return numbers_of(step, options, prefix, shape, attention.scale, lie, lie, memory)

@@ -71,11 +71,11 @@ matchings = st.builds(
     seed=seeds, batch=st.integers(1, 3), prefix=st.integers(0, 4), patches=st.integers(2, 60),
     heads=st.sampled_from([1, 2, 4]), width=st.sampled_from([1, 4, 16, 64]), options=matchings,
     window=st.sampled_from([None, 1, 2, 5]), sized=st.booleans(), whose=st.sampled_from("qkv"),
-    data=st.data(),
+    threads=st.integers(1, 5), data=st.data(),
 )  # fmt: skip
 def test_the_same_edges_merge_into_the_same_tokens(
     seed: int, batch: int, prefix: int, patches: int, heads: int, width: int, options: Matching,
-    window: int | None, sized: bool, whose: str, data: st.DataObject,
+    window: int | None, sized: bool, whose: str, threads: int, data: st.DataObject,
 ) -> None:  # fmt: skip
     count = prefix + patches
     x = drawn(seed, batch, count, 5)
@@ -91,7 +91,8 @@ def test_the_same_edges_merge_into_the_same_tokens(
 
     plain = compiled_step.by_operators(given)
     assert compiled_step.suits(x)
-    loop = compiled_step.merged_tokens(given)
+    with on_threads(threads):
+        loop = compiled_step.merged_tokens(given)
 
     assert torch.equal(loop.origin, plain.origin)  # the same edges, in the same order
     assert torch.equal(loop.size, plain.size)
@@ -183,17 +184,32 @@ def test_similarities_are_those_of_the_tensor_functions_but_for_rounding() -> No
     assert partner.unique().numel() > 10
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @torch.no_grad()
-def test_threads_share_images_and_none_is_left_out(threads: int) -> None:
-    x, feature = drawn(0, 23, 41, 6), drawn(1, 23, 3, 41, 8)
-    alone = [
-        merge_plainly(Tokens(one[None]), two[None], 9).x
-        for one, two in zip(x, feature, strict=True)
-    ]
+def test_bits_depend_on_neither_threads_nor_other_images(threads: int) -> None:
+    x, parts = drawn(0, 23, 41, 6), projections(1, 23, 41, 2, 16)
+    place = torch.stack([torch.arange(41) // 7, torch.arange(41) % 7], dim=1).expand(23, -1, -1)
+    size, step = 1 + drawn(2, 23, 41, levels=4), Step(0, "merge", 9, 3)
+    options = Matching(
+        salience=0.3, attention_weight=0.5, size_penalty=0.1, norm="mean", position="centroid"
+    )
+
+    def left(some: slice) -> Tokens:
+        origin = torch.arange(41).expand(len(x[some]), -1)
+        tokens = Tokens(x[some], size[some], place[some].float(), origin)
+        q, k, v = (one[some] for one in parts[:3])
+        of_some, log_size = Projections(q, k, v, parts.scale), size[some].log()
+        given = Merge(tokens, k, of_some, log_size, step, options, 1)
+        return compiled_step.merged_tokens(given)
+
+    with on_threads(1):
+        alone = [left(slice(i, i + 1)) for i in range(23)]
     with on_threads(threads):
-        found = merge_plainly(Tokens(x), feature, 9)
-    assert torch.equal(found.x, torch.cat(alone))  # bit by bit
+        together = left(slice(0, 23))
+        shared = left(slice(5, 6))
+    for one, whole, own in zip(zip(*alone, strict=True), together, shared, strict=True):
+        assert torch.equal(torch.cat(one), whole)
+        assert torch.equal(one[5], own)
 
 
 def test_python_s_threads_may_merge_at_once() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import carray, types
+from numba import carray, types  # type: ignore[attr-defined]
 
 from dsm_tune.merging.loops.machine import integers, loop, machine_code, wait_for_all
 

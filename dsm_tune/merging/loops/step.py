@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numba import carray  # type: ignore[attr-defined]
 
 from dsm_tune.merging.loops.joining import merge
@@ -36,9 +35,9 @@ GIVEN = (
     *("key_heads", "key_width", "key_to_image", "key_to_head", "key_to_token"),  # the next one
     *("evens", "odds", "r", "prefix", "first_even", "first_odd"),
     *("window", "equal_quota", "norm", "centroid", *FACTORS),
-    # Addresses, 0 for none; from "partner" on, of what is filled in; with a query "received" is too.
+    # Addresses, 0 for none; of what is filled in: with a query also "received".
     *("feature", "query", "key", "log_size", "received", "x", "size", "place"),
-    *("partner", "badness"),  # between the two halves of the loop
+    *("partner", "badness"),  # from here on
     *("new_x", "new_size", "new_log_size", "new_place", "order", "destination"),
 )
 

@@ -144,14 +144,13 @@ class MergedBlocks(nn.Sequential):
         parts: halves.Projections,
         log_size: Tensor | None,
     ) -> Tokens:
-        options = self.plan.matching
-        if options.feature in ("k", "q", "v"):
-            feature = getattr(parts, options.feature)
+        options, prefix = self.plan.matching, self.plan.geometry.prefix
+        if options.feature == "random":
+            features: tuple[Tensor, ...] = (self._feature(tokens, step, parts).unsqueeze(1),)
         else:
-            feature = self._feature(tokens, step, parts).unsqueeze(1)
-        prefix = self.plan.geometry.prefix
+            features = scores.features_of(options.feature, tokens.x, parts)
         result = compiled_step.merged_tokens(
-            compiled_step.Merge(tokens, feature, parts, log_size, step, options, prefix)
+            compiled_step.Merge(tokens, features, parts, log_size, step, options, prefix)
         )
         if result.place is None or step.block < self.last_local:
             return result

@@ -30,7 +30,8 @@ class Merge(NamedTuple):
 
     Attributes:
         tokens: N tokens, with places if the step has a window.
-        feature: [B, H, N, d], whose mean over heads tokens are compared by.
+        features: [B, H, N, d], whose mean over heads tokens are compared by; or two of them, whose
+            means count alike.
         parts: projections of the block, for the attention that tokens receive.
         log_size: [B, N] or ``None``, as the block's attention had it.
         step: at least one token leaves.
@@ -39,7 +40,7 @@ class Merge(NamedTuple):
     """
 
     tokens: Tokens
-    feature: Tensor
+    features: tuple[Tensor, ...]
     parts: Projections
     log_size: Tensor | None
     step: Step
@@ -54,8 +55,10 @@ def merged_tokens(merge: Merge) -> Tokens:
 
 def by_operators(merge: Merge) -> Tokens:
     """The same by the tensor functions."""
-    tokens, feature, parts, log_size, step, options, prefix = merge
-    pairs = matching.similarity(on_cpu.mean_over_heads(feature), prefix)
+    tokens, features, parts, log_size, step, options, prefix = merge
+    means = [on_cpu.mean_over_heads(one) for one in features]
+    pair = torch.cat([matching.unit(one) for one in means], dim=2) if means[1:] else means[0]
+    pairs = matching.similarity(pair, prefix)
     if options.size_penalty and tokens.size is not None:
         pairs = pairs - scores.size_penalty(tokens.size, prefix, options.size_penalty)
     tiles = bonus = weight = None
@@ -112,10 +115,14 @@ def sides(count: int, prefix: int) -> tuple[int, int]:
 
 
 def _by_loop(merge: Merge) -> Tokens:
-    tokens, feature, parts, log_size, step, options, prefix = merge
+    tokens, features, parts, log_size, step, options, prefix = merge
     (batch, count, channels), loop, r = tokens.x.shape, loops.module_of("step"), step.r
     evens, left = sides(count, prefix)[0], count - r
-    feature, query, key, received = team.in_rows(feature), None, parts.k, None
+    feature, *others = map(team.in_rows, features)
+    if any(other.stride() != feature.stride() for other in others):
+        feature, *others = (one.contiguous() for one in (feature, *others))
+    second = others[0] if others else None
+    query, key, received = None, parts.k, None
     if options.needs_attention and options.attention == "class":
         query, key = team.in_rows(parts.q), team.in_rows(key)
         if query.stride() != key.stride():
@@ -136,7 +143,7 @@ def _by_loop(merge: Merge) -> Tokens:
     given = [log_size, received, tokens.x, tokens.size, tokens.place]
     given = [None if one is None else one.contiguous() for one in given]
     filled = partner, badness, x, size, new_log_size, place, order, destination
-    memory = tuple(map(team.address_of, (feature, query, key, *given, *filled)))
+    memory = tuple(map(team.address_of, (feature, second, query, key, *given, *filled)))
     numbers = numbers_of(
         step, options, prefix, (batch, count, channels), parts.scale,
         _side_by_side(feature), _side_by_side(key), memory,

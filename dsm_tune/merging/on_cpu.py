@@ -180,7 +180,9 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 def mean_over_heads(x: Tensor) -> Tensor:
     """[B, H, N, d] to [B, N, d]: head by head, where torch's own mean goes element by element."""
     first, *others = x.unbind(1)
-    if not others or not suits(x):
+    if not others:
+        return first
+    if not suits(x):
         return x.mean(dim=1)
     total = first + others[0]
     for other in others[1:]:

@@ -82,7 +82,7 @@ def part_of(blocks: Any, index: int, count: int, loop: Any) -> Part | None:
     if step is not None:
         options = plan.matching
         of_class = not options.needs_attention or options.attention == "class"
-        if step.kind != "merge" or options.feature not in ("k", "q", "v") or not of_class:
+        if step.kind != "merge" or options.feature == "random" or not of_class:
             return None
     if is_watched(block) or is_watched(block.attn):
         return None
@@ -149,16 +149,23 @@ def _step_numbers(
     before: Left, between: tuple[int, ...], after: Left,
 ) -> tuple[int, ...]:  # fmt: skip
     """What a step is given behind an attention half."""
-    options, width, heads = plan.matching, plan.geometry.width, attention.heads
-    q, k, v = (qkv + 4 * i * width for i in range(3))
-    d, (received, partner, badness) = width // heads, between
-    lie = heads, d, 3 * before.several * width, d, 3 * width
-    query, received = (q, received) if options.needs_attention else (0, 0)
+    options, width, prefix = plan.matching, plan.geometry.width, plan.geometry.prefix
+    heads, (received, partner, badness) = attention.heads, between
+    d, to_token = width // heads, 3 * width
+    of = {name: qkv + 4 * i * width for i, name in enumerate("qkv")}
+    key = heads, d, before.several * to_token, d, to_token
+    if options.feature == "x":
+        features, feature = (before.x, 0), (1, width, before.several * width, width, width)
+    else:
+        several = [of[name] for name in options.feature.removesuffix("_all")]
+        features = several[0], several[1] if several[1:] else 0
+        is_all = options.feature.endswith("_all")
+        feature = (1, width, before.several * to_token, width, to_token) if is_all else key
+    query, received = (of["q"], received) if options.needs_attention else (0, 0)
     memory = (
-        *({"q": q, "k": k, "v": v}[options.feature], query, k, before.log_size, received),
+        *(*features, query, of["k"], before.log_size, received),
         *(before.x, before.size, before.place, partner, badness),
         *(after.x, after.size, after.log_size, after.place, 0, 0),
     )
     shape = batch, before.several, width
-    prefix = plan.geometry.prefix
-    return numbers_of(step, options, prefix, shape, attention.scale, lie, lie, memory)
+    return numbers_of(step, options, prefix, shape, attention.scale, feature, key, memory)

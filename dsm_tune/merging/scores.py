@@ -18,6 +18,7 @@ __all__ = [
     "attention_to_values",
     "attention_weight",
     "feature_of",
+    "features_of",
     "size_penalty",
     "worth_of",
 ]
@@ -39,17 +40,23 @@ def feature_of(kind: str, x: Tensor, parts: Projections, *, level: bool = True) 
     Returns:
         [B, N, F].
     """
+    several = [mean_over_heads(one) for one in features_of(kind, x, parts)]
+    if len(several) == 1:
+        return several[0]
+    return torch.cat([unit(one) for one in several] if level else several, dim=2)
+
+
+def features_of(kind: str, x: Tensor, parts: Projections) -> tuple[Tensor, ...]:
+    """What a feature is made of: the mean over heads of one or two of [B, H, N, d], in memory.
+
+    Arguments are those of :func:`feature_of`.
+    """
     if kind == "x":
-        return x
-    if kind in ("k", "q", "v"):
-        return mean_over_heads(getattr(parts, kind))
-    if kind == "k_all":
-        return parts.k.transpose(1, 2).flatten(2)
-    if kind == "kv":
-        pair = mean_over_heads(parts.k), mean_over_heads(parts.v)
-    else:
-        pair = parts.k.transpose(1, 2).flatten(2), parts.v.transpose(1, 2).flatten(2)
-    return torch.cat([unit(half) for half in pair] if level else pair, dim=2)
+        return (x.unsqueeze(1),)
+    several = [getattr(parts, name) for name in kind.removesuffix("_all")]
+    if kind.endswith("_all"):
+        return tuple(one.transpose(1, 2).flatten(2).unsqueeze(1) for one in several)
+    return tuple(several)
 
 
 def attention_to(kind: str, parts: Projections, log_size: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from dsm_tune.merging.compiled_step import Merge
 from dsm_tune.merging.halves import Projections
 from dsm_tune.merging.joining import Tokens, merge
 from dsm_tune.merging.loops import team
-from dsm_tune.merging.matching import choose_edges, halves, similarity
+from dsm_tune.merging.matching import choose_edges, halves, similarity, unit
 from dsm_tune.merging.merged import merged
 from dsm_tune.merging.scores import LEAST_SHARE, attention_to
 from dsm_tune.plan import Matching, Step
@@ -45,11 +45,11 @@ def projections(seed: int, *shape: int) -> Projections:
     return Projections(*qkv.permute(2, 0, 3, 1, 4).unbind(0), 0.125)
 
 
-def merge_plainly(tokens: Tokens, feature: Tensor, r: int, prefix: int = 1) -> Tokens:
-    """A merge by a feature alone."""
-    parts = Projections(feature, feature, feature, 1.0)
+def merge_plainly(tokens: Tokens, *features: Tensor, r: int, prefix: int = 1) -> Tokens:
+    """A merge by features alone."""
+    parts = Projections(features[0], features[0], features[0], 1.0)
     step = Step(0, "merge", r)
-    given = Merge(tokens, feature, parts, None, step, Matching(), prefix)
+    given = Merge(tokens, features, parts, None, step, Matching(), prefix)
     return compiled_step.merged_tokens(given)
 
 
@@ -87,7 +87,7 @@ def test_the_same_edges_merge_into_the_same_tokens(
     parts = projections(seed + 3, batch, count, heads, width)
     r = data.draw(st.integers(1, halves(x, prefix)[0].shape[1]))  # else it is no step
     step, log_size = Step(0, "merge", r, window), None if size is None else size.log()
-    given = Merge(tokens, getattr(parts, whose), parts, log_size, step, options, prefix)
+    given = Merge(tokens, (getattr(parts, whose),), parts, log_size, step, options, prefix)
 
     plain = compiled_step.by_operators(given)
     assert compiled_step.suits(x)
@@ -112,7 +112,7 @@ def test_scores_that_rounding_makes_equal_or_unequal_are_so_in_both() -> None:
         parts = projections(seed, 2, 33, 1, 1)
         tokens = Tokens(drawn(seed, 2, 33, 5), origin=torch.arange(33).repeat(2, 1))
         options = Matching(salience=0.3, attention="received")
-        given = Merge(tokens, parts.q, parts, None, Step(0, "merge", 9), options, 0)
+        given = Merge(tokens, (parts.q,), parts, None, Step(0, "merge", 9), options, 0)
         found, plain = compiled_step.merged_tokens(given), compiled_step.by_operators(given)
         assert torch.equal(found.origin, plain.origin)
 
@@ -128,7 +128,7 @@ def test_numbers_that_are_none_still_make_a_partition(
     place = drawn(seed, 1, 200, 2, levels=4)
     tokens = Tokens(drawn(seed, 1, 200, 3), None, place, torch.arange(200)[None])
     options, step = Matching(salience=0.2), Step(0, "merge", 40, window)
-    left = compiled_step.merged_tokens(Merge(tokens, feature, parts, None, step, options, 0))
+    left = compiled_step.merged_tokens(Merge(tokens, (feature,), parts, None, step, options, 0))
     assert left.size is not None
     assert left.origin is not None
     assert left.size.sum() == 200
@@ -154,8 +154,8 @@ def test_features_and_keys_may_lie_in_memory_as_they_like(
     parts = parts._replace(k=feature)
     tokens = Tokens(drawn(seed, batch, count, 3), origin=torch.arange(count).repeat(batch, 1))
     given = Step(0, "merge", 1), Matching(salience=0.1), 0
-    found = compiled_step.merged_tokens(Merge(tokens, feature, parts, None, *given))
-    plain = compiled_step.by_operators(Merge(tokens, feature.clone(), parts, None, *given))
+    found = compiled_step.merged_tokens(Merge(tokens, (feature,), parts, None, *given))
+    plain = compiled_step.by_operators(Merge(tokens, (feature.clone(),), parts, None, *given))
     assert torch.equal(found.origin, plain.origin)
 
 
@@ -165,22 +165,25 @@ def test_a_token_without_attention_keeps_some_weight() -> None:
     received = attention_to("class", parts, None)
     assert (received * 41 < LEAST_SHARE).sum() > 10
     tokens, step = Tokens(drawn(1, 1, 41, 5)), Step(0, "merge", 20)
-    given = Merge(tokens, parts.k, parts, None, step, Matching(attention_weight=1.0), 1)
+    given = Merge(tokens, (parts.k,), parts, None, step, Matching(attention_weight=1.0), 1)
     found, plain = compiled_step.merged_tokens(given), compiled_step.by_operators(given)
     torch.testing.assert_close(found.x, plain.x, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("several", [1, 2])
 @torch.no_grad()
-def test_similarities_are_those_of_the_tensor_functions_but_for_rounding() -> None:
-    feature, x = drawn(0, 1, 3, 101, 37), drawn(1, 1, 101, 4)
-    scores = similarity(feature.mean(dim=1), 1)
+def test_similarities_are_those_of_the_tensor_functions_but_for_rounding(several: int) -> None:
+    features, x = [drawn(i, 1, 3, 101, 37) for i in range(several)], drawn(9, 1, 101, 4)
+    features[-1] *= 9  # each counts alike
+    means = [unit(feature.mean(dim=1)) for feature in features]
+    scores = similarity(torch.cat(means, dim=2), 1)
     best, partner = scores.max(dim=2)
     assert scores.topk(2).values.diff(dim=2).abs().min() > 1e-5  # no rounding changes an edge
     assert best.sort().values.diff().min() > 1e-6
     tokens = Tokens(x, origin=torch.arange(101)[None])
     for r in (1, 7, 50):
         plain = merge(tokens, choose_edges(scores, r), 1)
-        assert torch.equal(merge_plainly(tokens, feature, r).origin, plain.origin)
+        assert torch.equal(merge_plainly(tokens, *features, r=r).origin, plain.origin)
     assert partner.unique().numel() > 10
 
 
@@ -199,7 +202,7 @@ def test_bits_depend_on_neither_threads_nor_other_images(threads: int) -> None:
         tokens = Tokens(x[some], size[some], place[some].float(), origin)
         q, k, v = (one[some] for one in parts[:3])
         of_some, log_size = Projections(q, k, v, parts.scale), size[some].log()
-        given = Merge(tokens, k, of_some, log_size, step, options, 1)
+        given = Merge(tokens, (k,), of_some, log_size, step, options, 1)
         return compiled_step.merged_tokens(given)
 
     with on_threads(1):
@@ -217,7 +220,7 @@ def test_python_s_threads_may_merge_at_once() -> None:
 
     @torch.no_grad()
     def merge_it(_: int) -> Tensor:
-        return merge_plainly(Tokens(x), feature, 9).x
+        return merge_plainly(Tokens(x), feature, r=9).x
 
     with ThreadPoolExecutor(4) as pool:
         first, *others = pool.map(merge_it, range(40))
@@ -235,7 +238,7 @@ torch.set_num_threads(4)
 x, k = torch.randn(9, 31, 4), torch.randn(9, 2, 31, 8)
 with torch.no_grad():
     parts, step = Projections(k, k, k, 1.0), Step(0, "merge", 5)
-    left = merged_tokens(Merge(Tokens(x), k, parts, None, step, Matching(), 1))
+    left = merged_tokens(Merge(Tokens(x), (k,), parts, None, step, Matching(), 1))
 print((left.size.sum(dim=1) == 31).all().item())
 """
     done = subprocess.run(
@@ -251,9 +254,9 @@ print((left.size.sum(dim=1) == 31).all().item())
 @torch.no_grad()
 def test_without_a_team_one_thread_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
     x, feature = drawn(0, 3, 21, 6), drawn(1, 3, 3, 21, 8)
-    with_team = merge_plainly(Tokens(x), feature, 5)
+    with_team = merge_plainly(Tokens(x), feature, r=5)
     monkeypatch.setattr(team, "START", None)
-    assert torch.equal(merge_plainly(Tokens(x), feature, 5).x, with_team.x)
+    assert torch.equal(merge_plainly(Tokens(x), feature, r=5).x, with_team.x)
 
 
 @torch.no_grad()

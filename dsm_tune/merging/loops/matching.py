@@ -58,15 +58,26 @@ def _unit_mean(memory: Any, at: Any, to_head: Any, heads: Any, unit: Any) -> Non
 
 
 @part
-def _odd_columns(feature: Any, given: Any) -> Any:
-    """Unit means of the odd tokens as columns, [d, b], with zeros behind them for whole LANES."""
-    width, odds = given.width, given.odds
-    columns = np.zeros((width, -(odds // -LANES) * LANES), np.float32)
-    one = np.empty(width, np.float32)
+def _unit_row(feature: Any, second: Any, token: Any, given: Any, unit: Any) -> None:
+    """What a token of an image is compared by: fill in [d], or [2d] for two features."""
+    width, at = given.width, token * given.to_token
+    _unit_mean(feature, at, given.to_head, given.heads, unit[:width])
+    if given.second:
+        _unit_mean(second, at, given.to_head, given.heads, unit[width:])
+        scale = np.float32(1.0) / max(length(unit), np.float32(1e-6))
+        for c in range(unit.shape[0]):
+            unit[c] *= scale
+
+
+@part
+def _odd_columns(feature: Any, second: Any, given: Any) -> Any:
+    """Of the odd tokens, as columns [d, b], with zeros behind them for whole LANES; or [2d, b]."""
+    deep, odds = given.width * (2 if given.second else 1), given.odds
+    columns = np.zeros((deep, -(odds // -LANES) * LANES), np.float32)
+    one = np.empty(deep, np.float32)
     for b in range(odds):
-        at = (given.first_odd + 2 * b) * given.to_token
-        _unit_mean(feature, at, given.to_head, given.heads, one)
-        for d in range(width):
+        _unit_row(feature, second, given.first_odd + 2 * b, given, one)
+        for d in range(deep):
             columns[d, b] = one[d]
     return columns
 
@@ -225,24 +236,24 @@ def partners(image: Any, given: Any) -> Any:
 @part
 def match(image: Any, given: Any, first: Any, last: Any, received: Any) -> None:
     """Fill in the best edges of an image's even tokens from one on: partners, and how bad."""
-    count, evens, odds, width = given.tokens, given.evens, given.odds, given.width
-    heads, to_head, to_token = given.heads, given.to_head, given.to_token
-    feature = _heads_of(
-        image, given.feature, heads, count, width, given.to_image, to_head, to_token
+    count, evens, odds = given.tokens, given.evens, given.odds
+    sides = given.heads, count, given.width, given.to_image, given.to_head, given.to_token
+    feature, second = (
+        _heads_of(image, given.feature, *sides),
+        _heads_of(image, given.second, *sides),
     )
     partner, badness = partners(image, given), of_image(image, given.badness, (evens,))
     even_tiles, odd_tiles = _tiles_of(image, given)
     size, beta = of_image(image, given.size, (count,)), np.float32(given.size_penalty)
     kind, penalties = _penalties(size if beta else size[:0], beta, given.first_odd, odds)
-    columns = _odd_columns(feature, given)
+    columns = _odd_columns(feature, second, given)
     rows = np.zeros((ROWS, columns.shape[0]), np.float32)
     found = np.empty((ROWS, columns.shape[1]), np.float32)
     times = np.float32(given.salience * count)
     for a in range(first, last):
         if (a - first) % ROWS == 0:
             for i in range(min(ROWS, last - a)):
-                at = (given.first_even + 2 * (a + i)) * to_token
-                _unit_mean(feature, at, to_head, heads, rows[i])
+                _unit_row(feature, second, given.first_even + 2 * (a + i), given, rows[i])
             _products(rows, columns, found)
         scores, token = found[(a - first) % ROWS, :odds], given.first_even + 2 * a
         if kind.shape[0]:

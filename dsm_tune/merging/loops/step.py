@@ -36,7 +36,7 @@ GIVEN = (
     *("evens", "odds", "r", "prefix", "first_even", "first_odd"),
     *("window", "equal_quota", "norm", "centroid", *FACTORS),
     # Addresses, 0 for none; of what is filled in: with a query also "received".
-    *("feature", "query", "key", "log_size", "received", "x", "size", "place"),
+    *("feature", "second", "query", "key", "log_size", "received", "x", "size", "place"),
     *("partner", "badness"),  # from here on
     *("new_x", "new_size", "new_log_size", "new_place", "order", "destination"),
 )
@@ -60,10 +60,11 @@ def _hand_out(image: Any, given: Any, ranked: Any) -> None:
 def step(given: Any) -> None:
     """A merge step, as ``compiled_step.by_operators`` has it.
 
-    A feature is [B, H, N, d], of any strides but that those of d stand side by side; so are keys
-    and queries, which have the same strides, and of which the class token's alone are read. All
-    else is float32 and contiguous but ``partner`` [B, a], ``order`` [B, a] and ``destination``
-    [B, r], which are int64, the latter two those of ``matching.Choice``.
+    A feature is [B, H, N, d], of any strides but that those of d stand side by side; so is the
+    second, if there are two, which has the same; so are keys and queries, which have the same too,
+    and of which the class token's alone are read. All else is float32 and contiguous but
+    ``partner`` [B, a], ``order`` [B, a] and ``destination`` [B, r], which are int64, the latter two
+    those of ``matching.Choice``.
 
     Args:
         given: all of :data:`GIVEN`.

@@ -10,6 +10,8 @@ of call: halves of blocks that are one loop, and operators. Needs torch and timm
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import os
 import statistics
 import sys
@@ -27,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsm_tune.measuring.memory import keep_freed_memory
-from dsm_tune.merging import on_cpu
+from dsm_tune.merging import loops, on_cpu
 from dsm_tune.merging.loops import team
 
 KINDS = {
@@ -37,7 +39,7 @@ KINDS = {
     "attention": ("attend", "scaled_dot", "flash", "efficient"),
     "norm, gelu": ("native_layer_norm", "gelu"),
     "choosing": ("sort", "max", "topk", "gather", "scatter", "linalg_vector_norm", "clamp"),
-    "moving": ("index", "copy", "cat", "clone", "select", "contiguous"),
+    "moving": ("cut", "index", "copy", "cat", "clone", "select", "contiguous"),
     "arithmetic": ("add", "sub", "mul", "div", "mean", "sum", "log", "softmax", "pow", "exp"),
 }
 ROUNDS = 10
@@ -90,14 +92,31 @@ def rates() -> tuple[float, float, float]:
     return product, copied, seconds_of(many, min) / 1000
 
 
+@functools.cache
+def names_of_loops() -> dict[int, str]:
+    """By their addresses."""
+    from cutting import cut  # needs numba
+
+    of_halves, step = loops.module_of("halves"), loops.module_of("step").step
+    known = of_halves.attention_half, of_halves.mlp_half, step, cut
+    return {loop.address: loop.__name__ for loop in known}
+
+
 @contextmanager
 def seen_loops() -> Iterator[None]:
-    """Lets the profiler see compiled loops."""
+    """Lets the profiler see compiled loops; those of a series too, one by one."""
     plain = team.run
 
     def seen(loop: Any, *numbers: int, shares: int) -> None:
-        with record_function(loop.__name__):
-            plain(loop, *numbers, shares=shares)
+        if not loop.__name__.startswith("series"):
+            with record_function(loop.__name__):
+                plain(loop, *numbers, shares=shares)
+            return
+        several, calls, records = numbers
+        pairs = (ctypes.c_int64 * (2 * several)).from_address(calls)
+        for address, behind in zip(pairs[::2], pairs[1::2], strict=True):
+            with record_function(names_of_loops()[address]):
+                team.start(address, records + behind, team.head_of(shares))
 
     team.run = seen
     try:

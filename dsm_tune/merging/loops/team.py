@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["address_of", "bits", "head_of", "in_rows", "run"]
+__all__ = ["address_of", "bits", "head_of", "in_rows", "run", "start"]
 
 
 def _openmp() -> tuple[Any, tuple[int, ...]]:
@@ -53,10 +53,15 @@ def run(loop: Any, *numbers: int, shares: int) -> None:
     """
     head = head_of(shares)
     given = array("q", (*head, *numbers))
+    start(loop.address, given.buffer_info()[0], head)
+
+
+def start(loop: int, record: int, head: tuple[int, ...]) -> None:
+    """Call what is at an address with a record that begins with a head; return when it is done."""
     if head is TOGETHER:
-        START(loop.address, given.buffer_info()[0], torch.get_num_threads(), 0)
+        START(loop, record, torch.get_num_threads(), 0)
     else:
-        CALL(loop.address)(given.buffer_info()[0])
+        CALL(loop)(record)
 
 
 def head_of(shares: int) -> tuple[int, ...]:

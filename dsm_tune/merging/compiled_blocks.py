@@ -57,7 +57,7 @@ def run(
             return None
         if len(kept) >= MOST:
             kept.clear()
-        of_blocks = Loops(halves.attention_half, step_loop, halves.mlp_half)
+        of_blocks = Loops(halves.attention_half, halves.prefix_half, step_loop, halves.mlp_half)
         series = kept[key] = _Series(blocks, parts, first, x, head, of_blocks)
     return series.run(x.contiguous()), series.end
 

@@ -24,6 +24,7 @@ __all__ = [
     "AttentionHalf",
     "MlpHalf",
     "attend",
+    "attend_prefix",
     "attention_half",
     "feed_forward",
     "loop_for",
@@ -50,15 +51,36 @@ class AttentionHalf(NamedTuple):
     def numbers(
         self, batch: int, count: int, x: int, log_size: int, qkv: int, result: int, out: int
     ) -> tuple[int, ...]:
-        """What ``ATTENTION_HALF`` names, of [B, N, C]; what is of one kind is an address."""
+        """What ``ATTENTION_HALF`` names, of [B, N, C]; from ``x`` on, addresses.
+
+        Queries, keys and values are [B, N, 3, C].
+        """
         width = self.norm[0].shape[0]
-        d = width // self.heads
-        strides = 12 * count * width, 4 * d, 12 * width
-        places = qkv, *strides, qkv + 4 * width, *strides, qkv + 8 * width, *strides
+        places = qkv, 3 * width, qkv + 4 * width, qkv + 8 * width, 3 * width
+        return self._numbers(batch, count, count, x, log_size, places, result, out)
+
+    def prefix_numbers(
+        self, batch: int, count: int, prefix: int,
+        x: int, log_size: int, q: int, kv: int, result: int, out: int,
+    ) -> tuple[int, ...]:  # fmt: skip
+        """The same for ``prefix_half``: queries are [B, p, C], keys and values [B, N, 2, C]."""
+        width = self.norm[0].shape[0]
+        places = q, width, kv, kv + 4 * width, 2 * width
+        return self._numbers(batch, count, prefix, x, log_size, places, result, out)
+
+    def _numbers(
+        self, batch: int, count: int, queries: int, x: int, log_size: int,
+        places: tuple[int, ...], result: int, out: int,
+    ) -> tuple[int, ...]:  # fmt: skip
+        width = self.norm[0].shape[0]
+        d, (query, to_query, key, value, to_key) = width // self.heads, places
+        of_query = query, 4 * queries * to_query, 4 * d, 4 * to_query
+        strides = 4 * count * to_key, 4 * d, 4 * to_key
         return (
             *(x, batch * count, width, *map(team.address_of, self.norm), *team.bits(self.epsilon)),
-            *(batch, self.heads, count, count, d, *places, log_size, *team.bits(self.scale)),
-            *(result, qkv, *map(team.address_of, self.layers), out),
+            *(batch, self.heads, queries, count, d, *of_query, key, *strides, value, *strides),
+            *(log_size, *team.bits(self.scale), result, query),
+            *(*map(team.address_of, self.layers), out),
         )
 
 
@@ -93,18 +115,34 @@ def attend(
     """
     (batch, count, width), loop = x.shape, loop_for(x)
     half = None if loop is None else attention_half(block, count, width, loop)
-    if loop is None or half is None:
+    if loop is None or half is None or not _fits(log_size, batch, count):
         return None
-    if log_size is not None:
-        log_size = log_size.contiguous()
-        if log_size.dtype is not torch.float32 or log_size.shape != (batch, count):
-            return None
+    log_size = None if log_size is None else log_size.contiguous()
     x, qkv = x.contiguous(), x.new_empty(batch, count, 3, half.heads, width // half.heads)
     result, out = x.new_empty(batch, count, width), x.new_empty(batch, count, width)
     filled = map(team.address_of, (x, log_size, qkv, result, out))
     team.run(loop.attention_half, *half.numbers(batch, count, *filled), shares=batch * count)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
     return out, q, k, v
+
+
+def _fits(log_size: Tensor | None, *shape: int) -> bool:
+    return log_size is None or (log_size.dtype is torch.float32 and log_size.shape == shape)
+
+
+def attend_prefix(block: Block, x: Tensor, log_size: Tensor | None, prefix: int) -> Tensor | None:
+    """The attention half of a block for its p prefix tokens, [B, p, C], if a loop can do it."""
+    (batch, count, width), loop = x.shape, loop_for(x)
+    half = None if loop is None else attention_half(block, count, width, loop)
+    if loop is None or half is None or not _fits(log_size, batch, count):
+        return None
+    log_size = None if log_size is None else log_size.contiguous()
+    x, kv = x.contiguous(), x.new_empty(batch, count, 2, width)
+    q, result, out = (x.new_empty(batch, prefix, width) for _ in range(3))
+    filled = map(team.address_of, (x, log_size, q, kv, result, out))
+    numbers = half.prefix_numbers(batch, count, prefix, *filled)
+    team.run(loop.prefix_half, *numbers, shares=batch * count)
+    return out
 
 
 def feed_forward(block: Block, x: Tensor) -> Tensor | None:

@@ -102,6 +102,9 @@ def attention_output(block: Block, parts: Projections, bias: Tensor | None) -> T
 
 def attend_prefix(block: Block, x: Tensor, log_size: Tensor | None, prefix: int) -> Tensor:
     """The attention half of a block for its prefix tokens alone: [B, p, C]."""
+    quick = compiled_halves.attend_prefix(block, x, log_size, prefix)
+    if quick is not None:
+        return quick
     attn = block.attn
     batch, count, width = x.shape
     normed = block.norm1(x)

@@ -18,16 +18,18 @@ class Loops(NamedTuple):
     """What does the halves of a block and its step."""
 
     attention_half: Any
+    prefix_half: Any
     step: Any
     mlp_half: Any
 
 
 class Part(NamedTuple):
-    """A block that loops can do."""
+    """A block that loops can do; if it is the last, maybe for its prefix alone."""
 
     attention: AttentionHalf
     step: Step | None
     mlp: MlpHalf
+    is_prefix: bool
 
 
 class Left(NamedTuple):
@@ -77,8 +79,7 @@ def part_of(blocks: Any, index: int, count: int, loop: Any) -> Part | None:
         loop: the module of the halves' loops.
     """
     plan, block, step = blocks.plan, blocks[index], blocks.steps.get(index)
-    if plan.last_block == "prefix" and index == len(blocks) - 1:
-        return None
+    is_prefix = plan.last_block == "prefix" and index == len(blocks) - 1
     if step is not None:
         options = plan.matching
         of_class = not options.needs_attention or options.attention == "class"
@@ -88,7 +89,7 @@ def part_of(blocks: Any, index: int, count: int, loop: Any) -> Part | None:
         return None
     attention = attention_half(block, count, plan.geometry.width, loop)
     mlp = mlp_half(block, plan.geometry.width, loop)
-    return None if attention is None or mlp is None else Part(attention, step, mlp)
+    return None if attention is None or mlp is None else Part(attention, step, mlp, is_prefix)
 
 
 def parts_of(blocks: Any, first: int, count: int, loop: Any) -> list[Part]:
@@ -121,12 +122,19 @@ def records_of(
     width, last_local = plan.geometry.width, plan.last_local
     room = Room(batch, entered.several, width)
     x, out, result = memory + room.x, memory + room.out, memory + room.result
-    for attention, step, mlp in parts:
+    for attention, step, mlp, is_prefix in parts:
         bias = left.log_size if plan.proportional_attention else 0
-        qkv = memory + room.qkv
-        numbers = attention.numbers(batch, left.several, left.x, bias, qkv, result, out)
-        records.append((loops.attention_half, numbers))
-        left = left._replace(x=out)
+        qkv, several, prefix = memory + room.qkv, left.several, plan.geometry.prefix
+        if is_prefix:
+            q = qkv + 8 * batch * several * width
+            places = left.x, bias, q, qkv, result, out
+            numbers = attention.prefix_numbers(batch, several, prefix, *places)
+            records.append((loops.prefix_half, numbers))
+            left = Left(prefix, out)
+        else:
+            numbers = attention.numbers(batch, several, left.x, bias, qkv, result, out)
+            records.append((loops.attention_half, numbers))
+            left = left._replace(x=out)
         if step is not None:
             place = left.place if step.block <= last_local else 0
             after = Left(

@@ -33,7 +33,7 @@ from dsm_tune.merging import loops, on_cpu
 from dsm_tune.merging.loops import team
 
 KINDS = {
-    "halves": ("attention_half", "mlp_half"),
+    "halves": ("attention_half", "prefix_half", "mlp_half"),
     "products": ("mkldnn", "addmm", "bmm", "mm", "baddbmm", "convolution", "linear"),
     "steps": ("step",),
     "attention": ("attend", "scaled_dot", "flash", "efficient"),
@@ -98,7 +98,7 @@ def names_of_loops() -> dict[int, str]:
     from cutting import cut  # needs numba
 
     of_halves, step = loops.module_of("halves"), loops.module_of("step").step
-    known = of_halves.attention_half, of_halves.mlp_half, step, cut
+    known = *(getattr(of_halves, name) for name in KINDS["halves"]), step, cut
     return {loop.address: loop.__name__ for loop in known}
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dsm_tune.merging import loops
 from dsm_tune.merging.compiled_halves import WIDEST
-from dsm_tune.merging.halves import attend, feed_forward
+from dsm_tune.merging.halves import attend, attend_prefix, feed_forward
 from dsm_tune.merging.loops import team
 
 pytest.importorskip("numba", reason="without numba, operators do what a half does")
@@ -89,6 +89,31 @@ def test_they_are_timm_s_modules_but_for_rounding(
 
 @needs_lanes
 @torch.no_grad()
+@given(
+    seed=seeds, batch=st.integers(1, 5), count=st.integers(LEAST_SIDE, 60),
+    prefix=st.integers(1, LEAST_SIDE), width=st.sampled_from([2 * EVERY, WIDE]),
+    has_bias=st.booleans(), has_gain=st.booleans(), is_sized=st.booleans(),
+    threads=st.integers(1, 4),
+)  # fmt: skip
+def test_a_block_for_its_prefix_alone_is_timm_s_modules_but_for_rounding(
+    seed: int, batch: int, count: int, prefix: int, width: int, has_bias: bool, has_gain: bool,
+    is_sized: bool, threads: int,
+) -> None:  # fmt: skip
+    gain = {"init_values": 0.5} if has_gain else {}
+    block = a_block(width, 2, seed, qkv_bias=has_bias, **gain)
+    x = drawn(seed + 50, batch, count, width)
+    log_size = drawn(seed + 51, batch, count) if is_sized else None
+    with on_threads(threads), counted() as asked:
+        found = attend_prefix(block, x, log_size, prefix)
+    assert asked == [1]
+    right = by_modules(block, x, log_size)[0][:, :prefix]
+    torch.testing.assert_close(found, right, atol=2e-5, rtol=2e-5)
+    whole = attend(block, x, log_size)[0][:, :prefix]
+    torch.testing.assert_close(found, whole, atol=1e-6, rtol=1e-6)  # the same sums
+
+
+@needs_lanes
+@torch.no_grad()
 def test_queries_keys_and_values_are_those_that_a_step_compares() -> None:
     block, x = a_block(heads=3), drawn(1, 2, 21, WIDE)
     q, k, v, scale = attend(block, x, None)[1]
@@ -144,6 +169,7 @@ def test_more_tokens_than_a_panel_holds_and_fewer_than_threads_are_done() -> Non
     few = drawn(4, 2, 1, WIDE)
     torch.testing.assert_close(feed_forward(block, few), by_modules(block, few, None)[1])
     assert attend(block, drawn(4, 0, 20, WIDE), None)[0].shape == (0, 20, WIDE)
+    assert attend_prefix(block, drawn(4, 0, 20, WIDE), None, 2).shape == (0, 2, WIDE)
     assert feed_forward(block, drawn(4, 0, 20, WIDE)).shape == (0, 20, WIDE)
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "MLP_HALF",
     "attention_half",
     "mlp_half",
+    "prefix_half",
 ]
 
 EVERY = REGISTER  # widths that a loop can do are multiples of it
@@ -125,12 +126,17 @@ def _normalise(given: Any, first: Any, rows: Any, out: Any) -> None:
 @part
 def _add_to_x(given: Any, first: Any, rows: Any) -> None:
     """Of some rows of what is filled in: x and as much as it tells, times the gain if any."""
+    for i in range(first, first + rows):
+        _add_row(given, i, i)
+
+
+@part
+def _add_row(given: Any, row: Any, of_x: Any) -> None:
     width, one = given.channels, np.float32(1.0)
     gain = _row(given.gain, 0, width if given.gain else 0)
-    for i in range(first, first + rows):
-        into, before = _row(given.out, i, width), _row(given.x, i, width)
-        for c in range(width):
-            into[c] = before[c] + into[c] * (gain[c] if given.gain else one)
+    into, before = _row(given.out, row, width), _row(given.x, of_x, width)
+    for c in range(width):
+        into[c] = before[c] + into[c] * (gain[c] if given.gain else one)
 
 
 @part
@@ -166,6 +172,48 @@ def attention_half(given: Any) -> None:
         mixed, out = one.result + at, one.out + at
         _linear(mixed, rows, width, one.output_weight, one.output_bias, width, out)
         _add_to_x(one, i, rows)
+
+
+@part
+def _row_of_prefix(given: Any, i: Any) -> Any:
+    """Where in x the i-th of the prefix tokens of all images is."""
+    return i // given.queries * given.keys + i % given.queries
+
+
+@loop(ATTENTION_HALF, ("scale", "epsilon"))
+def prefix_half(given: Any) -> None:
+    """The attention half of a block for its prefix tokens alone.
+
+    Args:
+        given: all of :data:`ATTENTION_HALF`; queries, [B, p, C], and behind each other the key and
+            the value of each token, [B, N, 2, C], are filled in; so are results and ``out``,
+            [B, p, C].
+    """
+    one = carray(given, 1)[0]
+    width, (first, last, panel) = one.channels, _own_rows(one)
+    buffer = _buffer(panel * width)
+    weight, bias = one.qkv_weight + 4 * width * width, one.qkv_bias + 4 * width
+    for i in range(first, last, panel):
+        rows, normed = min(panel, last - i), _first_line(buffer)
+        _normalise(one, i, rows, normed)
+        key = one.key + 8 * i * width
+        _linear(normed, rows, width, weight, bias if one.qkv_bias else 0, 2 * width, key)
+    first, last = share_of(one, one.images * one.queries)
+    for i in range(first, last, panel):
+        rows, normed = min(panel, last - i), _first_line(buffer)
+        for j in range(rows):
+            _normalise(one, _row_of_prefix(one, i + j), 1, normed + 4 * j * width)
+        query = one.query + 4 * i * width
+        _linear(normed, rows, width, one.qkv_weight, one.qkv_bias, width, query)
+    wait_for_all(one)
+    attention.attend_share(one)
+    wait_for_all(one)
+    for i in range(first, last, panel):
+        rows, at = min(panel, last - i), 4 * i * width
+        mixed, out = one.result + at, one.out + at
+        _linear(mixed, rows, width, one.output_weight, one.output_bias, width, out)
+        for j in range(i, i + rows):
+            _add_row(one, j, _row_of_prefix(one, j))
 
 
 @loop(MLP_HALF, ("epsilon",))

@@ -28,6 +28,7 @@ class MergedBlocks(nn.Sequential):
         self.steps = {step.block: step for step in plan.active_steps}
         self.last_local = plan.last_local
         self.is_dense = plan.is_dense
+        self.series: dict[Any, Any] = {}  # of loops, planned by `compiled_blocks`
         self.final_norm: Any = None
         self.attention_pool: Any = None
         self.pooled_from = 0
@@ -163,6 +164,10 @@ class MergedBlocks(nn.Sequential):
         places = torch.stack([at // columns, at % columns], dim=1).float()
         prefix = places.new_zeros(self.plan.geometry.prefix, 2)
         return torch.cat([prefix, places]).expand(x.shape[0], -1, -1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is planned for the memory of these very blocks."""
+        return {**self.__dict__, "series": {}}
 
     def __getitem__(self, index: Any) -> Any:
         return next(iter(self)) if isinstance(index, slice) else super().__getitem__(index)

@@ -1,18 +1,17 @@
 """Blocks under a plan, the quickest way there is: all their loops in one series on a CPU, eager.
 
 Between the loops of a single image Python takes a fifth of a forward: it looks at the modules of a
-block, asks for memory, calls. So a series is planned once for each batch size, and is run for as
-long as its blocks stay what they were. It does what :mod:`.compiled_halves` and
+block, asks for memory, calls. So a series is planned once for each batch size that comes twice, and
+is run for as long as its blocks stay what they were. It does what :mod:`.compiled_halves` and
 :mod:`.compiled_step` do block by block, to the bit.
 """
 
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsm_tune.merging import loops
 from dsm_tune.merging.compiled_halves import loop_for
@@ -24,7 +23,7 @@ from dsm_tune.merging.unchanged import Unchanged
 
 __all__ = ["run"]
 
-MOST = 8  # series that are kept for the blocks of a model
+MOST = 32  # series that are kept for the blocks of a model
 
 
 def run(
@@ -42,21 +41,31 @@ def run(
         What the blocks leave, and the index of the one to go on with; ``None`` if that is
         ``first``.
     """
-    x, halves = tokens.x, loop_for(tokens.x)
+    x, known = tokens.x, tokens[1:]
+    if any(one is not None for one in known) or not x.numel() or all_are_watched():
+        return None
+    geometry = blocks.plan.geometry
+    if x.ndim != 3 or tuple(x.shape[1:]) != (geometry.tokens, geometry.width):
+        return None
+    halves = loop_for(x)
     step_loop = step_loop or getattr(loops.module_of("step"), "step", None)
-    if halves is None or step_loop is None or all_are_watched():
+    if halves is None or step_loop is None:
         return None
-    if not x.numel() or tokens.origin is not None:
-        return None
-    kept, head = KEPT.setdefault(blocks, {}), team.head_of(x.shape[0] * x.shape[1])
-    key = first, x.shape[0], head, step_loop
+    head = team.head_of(x.shape[0] * x.shape[1])
+    kept, key = blocks.series, (first, x.shape[0], head, step_loop)
     series = kept.get(key)
-    if series is None or not series.is_still_all(blocks, halves):
+    if series is not None and not series.is_still_all(blocks, halves):
+        kept.clear()  # they would keep alive what has left
+        series = None
+    if series is None and key not in kept:
+        kept[key] = None  # to plan takes longer than it saves once
+        if len(kept) > MOST:
+            del kept[next(iter(kept))]
+        return None
+    if series is None:
         parts = parts_of(blocks, first, x.shape[1], halves)
         if not parts:
             return None
-        if len(kept) >= MOST:
-            kept.clear()
         of_blocks = Loops(halves.attention_half, halves.prefix_half, step_loop, halves.mlp_half)
         series = kept[key] = _Series(blocks, parts, first, x, head, of_blocks)
     return series.run(x.contiguous()), series.end
@@ -71,7 +80,8 @@ class _Series:
     ) -> None:  # fmt: skip
         batch, count, width = x.shape
         self.batch, self.width, self.end = batch, width, first + len(parts)
-        self.unchanged = Unchanged(blocks[i] for i in range(first, self.end))
+        self.unchanged = Unchanged(blocks, [blocks[i] for i in range(first, self.end)])
+        self.plan, self.steps = blocks.plan, blocks.steps
         self.room, self.place = Room(batch, count, width), blocks.places(x).contiguous()
 
         def given(memory: int, x: int) -> tuple[list[int], list[tuple[int, int]], Left]:
@@ -86,15 +96,16 @@ class _Series:
             return numbers, calls, left
 
         numbers, calls, self.left = given(0, 0)
-        self.numbers, self.calls = torch.tensor(numbers), torch.tensor(calls)
+        self.numbers, self.calls = (torch.tensor(one, device="cpu") for one in (numbers, calls))
         # What changes as memory moves is an address in it; so for x.
         self.in_memory, self.in_x = (
-            torch.tensor(given(*at)[0]) - self.numbers for at in ((1, 0), (0, 1))
+            torch.tensor(given(*at)[0], device="cpu") - self.numbers for at in ((1, 0), (0, 1))
         )
 
     def is_still_all(self, blocks: Any, halves: Any) -> bool:
         """Whether its blocks are what they were, and loops cannot do the next one either."""
-        if not self.unchanged():
+        is_same_plan = blocks.plan is self.plan and blocks.steps is self.steps
+        if not is_same_plan or not self.unchanged():
             return False
         if self.end == len(blocks):
             return True
@@ -112,7 +123,8 @@ class _Series:
     def _found(self, memory: Tensor) -> Tokens:
         batch, width, (count, x, size, log_size, place) = self.batch, self.width, self.left
         many, several = (batch, count, width), (count * width, width, 1)
-        tokens = Tokens(memory.as_strided(many, several, x // 4))
+        # A copy, or those few would keep alive the memory of all.
+        tokens = Tokens(memory.as_strided(many, several, x // 4).clone())
         if not size:
             return tokens
         sizes, log_sizes = (
@@ -123,6 +135,3 @@ class _Series:
             places = memory.as_strided((batch, count, 2), (2 * count, 2, 1), place // 4)
             tokens = tokens._replace(place=places)
         return tokens
-
-
-KEPT: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], _Series]] = WeakKeyDictionary()

@@ -164,7 +164,7 @@ def attention_half(block: Block, count: int, width: int, loop: Any) -> Attention
     inner, heads, d = attn._modules, attn.num_heads, attn.head_dim
     if heads * d != width or min(count, d) < loop.LEAST_SIDE:
         return None
-    if attn.training and attn.attn_drop.p:
+    if (attn.training and attn.attn_drop.p) or type(attn.scale) is not float:
         return None
     try:
         _check_idle(inner["q_norm"], inner["k_norm"], inner["norm"], inner["proj_drop"])
@@ -174,7 +174,7 @@ def attention_half(block: Block, count: int, width: int, loop: Any) -> Attention
         gain = _gain(own["ls1"], width)
     except _OtherError:
         return None
-    return AttentionHalf(heads, float(attn.scale), own["norm1"].eps, norm, (*qkv, *output, gain))
+    return AttentionHalf(heads, attn.scale, own["norm1"].eps, norm, (*qkv, *output, gain))
 
 
 def mlp_half(block: Block, width: int, loop: Any) -> MlpHalf | None:
@@ -215,13 +215,13 @@ def _check_idle(*modules: Any) -> None:
 
 
 def _norm(norm: Any, width: int) -> tuple[Tensor, Tensor]:
-    if type(norm) not in NORMS or is_watched(norm):
+    if type(norm) not in NORMS or is_watched(norm) or type(norm.eps) is not float:
         raise _OtherError
     return _stored(norm, "weight", width), _stored(norm, "bias", width)
 
 
 def _linear(layer: Any, several: int, width: int) -> tuple[Tensor, Tensor | None]:
-    if type(layer) is not nn.Linear or is_watched(layer):
+    if type(layer) is not nn.Linear or is_watched(layer) or "bias" not in layer._parameters:
         raise _OtherError
     weight, has_bias = _stored(layer, "weight", several, width), layer.bias is not None
     return weight, _stored(layer, "bias", several) if has_bias else None

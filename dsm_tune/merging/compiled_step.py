@@ -132,14 +132,14 @@ def _by_loop(merge: Merge) -> Tokens:
         received = scores.attention_to(options.attention, parts, log_size)
     x = tokens.x.new_empty(batch, left, channels)
     size, new_log_size = tokens.x.new_empty(2, batch, left).unbind()
-    partner = torch.empty(batch, evens, dtype=torch.int64)
+    partner = tokens.x.new_empty(batch, evens, dtype=torch.int64)
     badness = tokens.x.new_empty(batch, evens)
     place = order = destination = None
     if tokens.place is not None:
         place = tokens.x.new_empty(batch, left, 2)
     if tokens.origin is not None:
-        order = torch.empty(batch, evens, dtype=torch.int64)
-        destination = torch.empty(batch, r, dtype=torch.int64)
+        order = tokens.x.new_empty(batch, evens, dtype=torch.int64)
+        destination = tokens.x.new_empty(batch, r, dtype=torch.int64)
     given = [log_size, received, tokens.x, tokens.size, tokens.place]
     given = [None if one is None else one.contiguous() for one in given]
     filled = partner, badness, x, size, new_log_size, place, order, destination

@@ -85,7 +85,7 @@ def part_of(blocks: Any, index: int, count: int, loop: Any) -> Part | None:
         of_class = not options.needs_attention or options.attention == "class"
         if step.kind != "merge" or options.feature == "random" or not of_class:
             return None
-    if is_watched(block) or is_watched(block.attn):
+    if any(map(is_watched, block.modules())):
         return None
     attention = attention_half(block, count, plan.geometry.width, loop)
     mlp = mlp_half(block, plan.geometry.width, loop)

@@ -24,15 +24,20 @@ DROPPING = ("p", "drop_prob", "attn_drop")
 class Unchanged:
     """Modules as they are now; called later, it tells whether they still are.
 
-    It sees whatever takes another object's place (a child, a parameter, a number), parameters
-    with other memory or another shape, hooks, and a ``forward`` of a module's own.
+    It sees what takes another object's place (a child, a parameter, a number that is read),
+    parameters with other memory or another shape, another class, hooks, and a ``forward`` of a
+    module's own; not a ``__dict__`` that is another one.
+
+    Args:
+        parent: has the modules among its children, of which none may change.
+        modules: to watch, with all within them.
     """
 
-    def __init__(self, roots: Iterable[nn.Module]) -> None:
-        self.modules = [module for root in roots for module in root.modules()]
+    def __init__(self, parent: nn.Module, modules: Iterable[nn.Module]) -> None:
+        self.modules = [inner for module in modules for inner in module.modules()]
         self.kinds = list(map(type, self.modules))
         self.own: list[dict[str, Any]] = list(map(vars, self.modules))
-        self.children = [module._modules for module in self.modules]
+        self.children = [module._modules for module in (parent, *self.modules)]
         self.had = list(map(dict, self.children))
         held = [held for module in self.modules for held in _held(module)]
         self.places, self.names, self.values = (list(one) for one in zip(*held, strict=True))
@@ -51,7 +56,7 @@ class Unchanged:
                 and not any(map(contains, self.own, repeat("forward")))
                 and self._memory() == self.memory
             )
-        except KeyError:  # it is gone
+        except (KeyError, RuntimeError):  # it is gone; it has no memory
             return False
 
     def _memory(self) -> tuple[list[Any], ...]:
@@ -66,8 +71,8 @@ class Unchanged:
 
 def _held(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """Where something is kept, by what name, and what it is."""
-    own = vars(module)
-    read = [*READ, *(["training"] if any(hasattr(module, name) for name in DROPPING) else [])]
+    own, drops = vars(module), any(hasattr(module, name) for name in DROPPING)
+    read = "_modules", "_parameters", *READ, *(("training",) if drops else ())
     for where, names in ((module._parameters, module._parameters), (own, read)):
         for name in names:
             if name in where:

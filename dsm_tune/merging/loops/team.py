@@ -27,13 +27,13 @@ def _openmp() -> tuple[Any, tuple[int, ...]]:
     """
     try:
         library = ctypes.CDLL(torch._C.__file__)
-        start = library.GOMP_parallel
+        parallel = library.GOMP_parallel
         found = library.omp_get_num_threads, library.omp_get_thread_num, library.GOMP_barrier
     except (AttributeError, OSError):
         return None, ALONE
-    start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    start.restype = None
-    return start, tuple(ctypes.cast(one, ctypes.c_void_p).value or 0 for one in found)
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel, tuple(ctypes.cast(one, ctypes.c_void_p).value or 0 for one in found)
 
 
 ALONE = (0, 0, 0)
@@ -58,7 +58,7 @@ def run(loop: Any, *numbers: int, shares: int) -> None:
 
 def start(loop: int, record: int, head: tuple[int, ...]) -> None:
     """Call what is at an address with a record that begins with a head; return when it is done."""
-    if head is TOGETHER:
+    if any(head):
         START(loop, record, torch.get_num_threads(), 0)
     else:
         CALL(loop)(record)

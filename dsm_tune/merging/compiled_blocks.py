@@ -58,9 +58,9 @@ def run(
         kept.clear()  # they would keep alive what has left
         series = None
     if series is None and key not in kept:
+        if len(kept) >= MOST:
+            kept.clear()
         kept[key] = None  # to plan takes longer than it saves once
-        if len(kept) > MOST:
-            del kept[next(iter(kept))]
         return None
     if series is None:
         parts = parts_of(blocks, first, x.shape[1], halves)

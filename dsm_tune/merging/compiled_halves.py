@@ -88,6 +88,7 @@ class MlpHalf(NamedTuple):
     """What an MLP half that a loop can do is made of, likewise."""
 
     hidden: int
+    activation: int
     epsilon: float
     norm: tuple[Tensor, Tensor]
     layers: tuple[Tensor | None, ...]  # [hidden, C], [hidden]; [C, hidden], [C]; the gain, [C]
@@ -96,7 +97,13 @@ class MlpHalf(NamedTuple):
         """What ``MLP_HALF`` names, of [rows, C]."""
         return (
             *(x, rows, self.norm[0].shape[0], *map(team.address_of, self.norm)),
-            *(*team.bits(self.epsilon), self.hidden, *map(team.address_of, self.layers), out),
+            *(
+                *team.bits(self.epsilon),
+                self.hidden,
+                self.activation,
+                *map(team.address_of, self.layers),
+                out,
+            ),
         )
 
 
@@ -185,8 +192,10 @@ def mlp_half(block: Block, width: int, loop: Any) -> MlpHalf | None:
         return None
     inner = mlp._modules
     hidden, act = getattr(inner["fc1"], "out_features", 0), inner["act"]
-    is_erf = type(act) is nn.GELU and act.approximate == "none" and not is_watched(act)
-    if not is_erf or not hidden or hidden % loop.EVERY:
+    is_erf = type(act) is nn.GELU and act.approximate == "none"
+    if not (is_erf or type(act) is nn.ReLU) or is_watched(act):
+        return None
+    if not hidden or hidden % loop.EVERY:
         return None
     try:
         _check_idle(inner["drop1"], inner["norm"], inner["drop2"], own["drop_path2"])
@@ -195,7 +204,8 @@ def mlp_half(block: Block, width: int, loop: Any) -> MlpHalf | None:
         gain = _gain(own["ls2"], width)
     except _OtherError:
         return None
-    return MlpHalf(hidden, own["norm2"].eps, norm, (*first, *second, gain))
+    activation = loop.GELU if is_erf else loop.RELU
+    return MlpHalf(hidden, activation, own["norm2"].eps, norm, (*first, *second, gain))
 
 
 def loop_for(x: Tensor) -> Any:

@@ -65,14 +65,15 @@ def by_loops(block: Block, x: Tensor, log_size: Tensor | None = None) -> tuple[T
     hidden=st.sampled_from([EVERY, 4 * EVERY, DEEP, DEEP + EVERY, 3 * DEEP + 5 * EVERY]),
     biases=st.sampled_from(["all", "none of qkv", "of norms alone"]), has_gain=st.booleans(),
     is_sized=st.booleans(), spread=st.sampled_from([0.1, 1.0, 30.0]), stride=st.integers(1, 2),
+    act=st.sampled_from([nn.GELU, nn.ReLU]),
 )  # fmt: skip
 def test_they_are_timm_s_modules_but_for_rounding(
     seed: int, batch: int, count: int, width: int, heads: int, hidden: int, biases: str,
-    has_gain: bool, is_sized: bool, spread: float, stride: int,
+    has_gain: bool, is_sized: bool, spread: float, stride: int, act: type[nn.Module],
 ) -> None:  # fmt: skip
-    gain = {"init_values": 0.5} if has_gain else {}
-    qkv_bias = biases == "all"
-    block = a_block(width, heads, seed, mlp_ratio=hidden / width, qkv_bias=qkv_bias, **gain)
+    more: dict[str, Any] = {"init_values": 0.5} if has_gain else {}
+    more = {**more, "qkv_bias": biases == "all", "act_layer": act}
+    block = a_block(width, heads, seed, mlp_ratio=hidden / width, **more)
     for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
         layer.bias = None if biases == "of norms alone" else layer.bias
     assert block.mlp.fc1.out_features == hidden
@@ -193,6 +194,8 @@ def test_a_number_that_is_none_stays_with_its_image() -> None:
     x[1, 4, 5] = torch.nan
     attended, fed = by_loops(block, x)
     assert attended.isnan().any(dim=2).any(dim=1).tolist() == [False, True, False]
+    assert fed.isnan().any(dim=2).nonzero().tolist() == [[1, 4]]
+    fed = feed_forward(a_block(act_layer=nn.ReLU), x)
     assert fed.isnan().any(dim=2).nonzero().tolist() == [[1, 4]]
 
 

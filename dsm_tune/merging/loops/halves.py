@@ -27,8 +27,10 @@ from dsm_tune.merging.loops.machine import (
 __all__ = [
     "ATTENTION_HALF",
     "EVERY",
+    "GELU",
     "LEAST_SIDE",
     "MLP_HALF",
+    "RELU",
     "attention_half",
     "mlp_half",
     "prefix_half",
@@ -40,6 +42,7 @@ LEAST_SIDE = attention.LEAST_SIDE  # tokens that there must be, and numbers of a
 PANEL = 128  # tokens at a time, at most: their hidden numbers are to stay in the second cache
 DEEP = 384  # products that are summed before they are added to memory, at most
 NEAR = 36_000  # bytes of weights that are to stay in the first cache
+GELU, RELU = 0, 1  # activations; GELU is the one by erf
 LINE = 64  # bytes; a register that crosses the line between two of a cache takes two reads
 
 # What the loops are given, in order: the scale and epsilon in float64, all else in int64.
@@ -52,7 +55,7 @@ ATTENTION_HALF = (
 )
 MLP_HALF = (
     *NORM,
-    *("hidden", "hidden_weight", "hidden_bias"),
+    *("hidden", "activation", "hidden_weight", "hidden_bias"),
     *("output_weight", "output_bias", "gain", "out"),
 )
 
@@ -87,9 +90,14 @@ def _linear(x: Any, rows: Any, depth: Any, weight: Any, bias: Any, width: Any, o
 
 
 @exact
-def _activate(numbers: Any, several: Any) -> None:
-    """Apply GELU to so many numbers from an address on."""
-    gelu(numbers, several)
+def _activate(kind: Any, numbers: Any, several: Any) -> None:
+    """Apply an activation to so many numbers from an address on."""
+    if kind == GELU:
+        gelu(numbers, several)
+        return
+    row, zero = _row(numbers, 0, several), np.float32(0.0)
+    for c in range(several):
+        row[c] = zero if row[c] < zero else row[c]  # a number that is none stays
 
 
 @part
@@ -231,6 +239,6 @@ def mlp_half(given: Any) -> None:
         normed, inner = _first_line(buffers[0]), _first_line(buffers[1])
         _normalise(one, i, rows, normed)
         _linear(normed, rows, width, one.hidden_weight, one.hidden_bias, hidden, inner)
-        _activate(inner, rows * hidden)
+        _activate(one.activation, inner, rows * hidden)
         _linear(inner, rows, hidden, one.output_weight, one.output_bias, width, out)
         _add_to_x(one, i, rows)

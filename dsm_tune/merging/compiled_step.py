@@ -56,9 +56,7 @@ def merged_tokens(merge: Merge) -> Tokens:
 def by_operators(merge: Merge) -> Tokens:
     """The same by the tensor functions."""
     tokens, features, parts, log_size, step, options, prefix = merge
-    means = [on_cpu.mean_over_heads(one) for one in features]
-    pair = torch.cat([matching.unit(one) for one in means], dim=2) if means[1:] else means[0]
-    pairs = matching.similarity(pair, prefix)
+    pairs = matching.similarity(scores.mean_of(features), prefix)
     if options.size_penalty and tokens.size is not None:
         pairs = pairs - scores.size_penalty(tokens.size, prefix, options.size_penalty)
     tiles = bonus = weight = None

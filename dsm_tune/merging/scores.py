@@ -19,6 +19,7 @@ __all__ = [
     "attention_weight",
     "feature_of",
     "features_of",
+    "mean_of",
     "size_penalty",
     "worth_of",
 ]
@@ -40,7 +41,15 @@ def feature_of(kind: str, x: Tensor, parts: Projections, *, level: bool = True) 
     Returns:
         [B, N, F].
     """
-    several = [mean_over_heads(one) for one in features_of(kind, x, parts)]
+    return mean_of(features_of(kind, x, parts), level=level)
+
+
+def mean_of(features: tuple[Tensor, ...], *, level: bool = True) -> Tensor:
+    """The means over heads of one or two features [B, H, N, d], side by side: [B, N, F].
+
+    ``level`` is as of :func:`feature_of`.
+    """
+    several = [mean_over_heads(one) for one in features]
     if len(several) == 1:
         return several[0]
     return torch.cat([unit(one) for one in several] if level else several, dim=2)

@@ -157,6 +157,24 @@ def _own_rows(given: Any) -> Any:
     return first, last, -(several // -(panels * DOWN)) * DOWN
 
 
+@part
+def _project(given: Any, buffer: Any, weight: Any, bias: Any, width: Any, out: Any) -> None:
+    """A linear layer of a thread's own rows of x, normalised: fill in [rows, width]."""
+    first, last, panel = _own_rows(given)
+    for i in range(first, last, panel):
+        rows, normed = min(panel, last - i), _first_line(buffer)
+        _normalise(given, i, rows, normed)
+        _linear(normed, rows, given.channels, weight, bias, width, out + 4 * i * width)
+
+
+@part
+def _mix(given: Any, first: Any, rows: Any) -> None:
+    """The output layer of some rows of what attention gave: fill in [rows, C]."""
+    width, at = given.channels, 4 * first * given.channels
+    mixed, out = given.result + at, given.out + at
+    _linear(mixed, rows, width, given.output_weight, given.output_bias, width, out)
+
+
 @loop(ATTENTION_HALF, ("scale", "epsilon"))
 def attention_half(given: Any) -> None:
     """The attention half of a block.
@@ -167,18 +185,13 @@ def attention_half(given: Any) -> None:
     one = carray(given, 1)[0]
     width, (first, last, panel) = one.channels, _own_rows(one)
     buffer = _buffer(panel * width)
-    for i in range(first, last, panel):
-        rows, normed = min(panel, last - i), _first_line(buffer)
-        _normalise(one, i, rows, normed)
-        qkv = one.qkv + 12 * i * width
-        _linear(normed, rows, width, one.qkv_weight, one.qkv_bias, 3 * width, qkv)
+    _project(one, buffer, one.qkv_weight, one.qkv_bias, 3 * width, one.qkv)
     wait_for_all(one)
     attention.attend_share(one)
     wait_for_all(one)
     for i in range(first, last, panel):
-        rows, at = min(panel, last - i), 4 * i * width
-        mixed, out = one.result + at, one.out + at
-        _linear(mixed, rows, width, one.output_weight, one.output_bias, width, out)
+        rows = min(panel, last - i)
+        _mix(one, i, rows)
         _add_to_x(one, i, rows)
 
 
@@ -198,14 +211,10 @@ def prefix_half(given: Any) -> None:
             [B, p, C].
     """
     one = carray(given, 1)[0]
-    width, (first, last, panel) = one.channels, _own_rows(one)
+    width, panel = one.channels, _own_rows(one)[2]
     buffer = _buffer(panel * width)
     weight, bias = one.qkv_weight + 4 * width * width, one.qkv_bias + 4 * width
-    for i in range(first, last, panel):
-        rows, normed = min(panel, last - i), _first_line(buffer)
-        _normalise(one, i, rows, normed)
-        key = one.key + 8 * i * width
-        _linear(normed, rows, width, weight, bias if one.qkv_bias else 0, 2 * width, key)
+    _project(one, buffer, weight, bias if one.qkv_bias else 0, 2 * width, one.key)
     first, last = share_of(one, one.images * one.queries)
     for i in range(first, last, panel):
         rows, normed = min(panel, last - i), _first_line(buffer)
@@ -217,9 +226,8 @@ def prefix_half(given: Any) -> None:
     attention.attend_share(one)
     wait_for_all(one)
     for i in range(first, last, panel):
-        rows, at = min(panel, last - i), 4 * i * width
-        mixed, out = one.result + at, one.out + at
-        _linear(mixed, rows, width, one.output_weight, one.output_bias, width, out)
+        rows = min(panel, last - i)
+        _mix(one, i, rows)
         for j in range(i, i + rows):
             _add_row(one, j, _row_of_prefix(one, j))
 
